@@ -1,0 +1,100 @@
+"""Every check of the project: `nox` runs the default ones, `nox -l` lists them all."""
+
+import pathlib
+import tempfile
+import zipfile
+
+import nox
+from packaging.requirements import Requirement
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_existing_virtualenvs = False
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+LINTED = ("src", "tests", "notebooks", "noxfile.py")
+
+
+def group(name: str) -> tuple[str, ...]:
+    """The requirements of one dependency group of pyproject.toml."""
+    return nox.project.dependency_groups(PROJECT, name)
+
+
+def lowest(requirement: str) -> str:
+    """The same requirement, pinned to its lower bound: `jax>=0.9` becomes `jax==0.9`."""
+    parsed = Requirement(requirement)
+    (bound,) = parsed.specifier
+    if bound.operator not in (">=", "=="):
+        raise ValueError(f"{requirement} must have one lower bound.")
+    return f"{parsed.name}=={bound.version}"
+
+
+def run_when_built(session: nox.Session, folder: str, issue: int) -> None:
+    """Run the tests of a folder that an issue of its own fills."""
+    if not any(pathlib.Path(folder).glob("test_*.py")):
+        session.error(f"not built yet: see issue {issue}")
+    session.install("-e", ".", *group("test"))
+    session.run("pytest", folder, *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Tests and doctests on the newest dependencies; annotations checked, warnings are errors."""
+    session.install("-e", ".", *group("test"))
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and formatting."""
+    session.install(*group("lint"))
+    session.run("ruff", "check", *LINTED)
+    session.run("ruff", "format", "--check", *LINTED)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types of the library."""
+    session.install("-e", ".[plot,progress]", *group("types"))
+    session.run("ty", "check", "--python", session.virtualenv.location, "src")
+
+
+@nox.session
+def tests_lowest(session: nox.Session) -> None:
+    """The same tests on the lowest version of every direct dependency."""
+    requirements = (*PROJECT["project"]["dependencies"], *group("test"))
+    session.install("-e", ".", *map(lowest, requirements))
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def notebooks(session: nox.Session) -> None:
+    """Execute every notebook in a fresh kernel; `-- --write` keeps the new outputs."""
+    session.install("-e", ".[plot,progress]", *group("notebooks"))
+    session.run("python", "notebooks/execute.py", *session.posargs)
+
+
+# virtualenv, so that pip installs torch from where this machine keeps it.
+@nox.session(default=False, venv_backend="virtualenv")
+def parity(session: nox.Session) -> None:
+    """Compare with other implementations."""
+    run_when_built(session, "tests/parity", issue=3)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure speed and memory."""
+    run_when_built(session, "tests/benchmarks", issue=4)
+
+
+@nox.session(default=False)
+def build(session: nox.Session) -> None:
+    """Build the wheel and check that it is typed and carries its licence."""
+    session.install("build")
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("python", "-m", "build", "--outdir", folder)
+        (wheel,) = pathlib.Path(folder).glob("*.whl")
+        names = zipfile.ZipFile(wheel).namelist()
+    for wanted in ("braidax/py.typed", "licenses/LICENSE"):
+        if not any(name.endswith(wanted) for name in names):
+            session.error(f"{wanted} is not in {wheel.name}.")

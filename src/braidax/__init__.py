@@ -1,0 +1,45 @@
+"""Mixture-of-experts routing for Equinox and JAX."""
+
+# Configuration
+# Hash tables: token -> experts
+from . import hash_tables as hash_tables
+
+# Balance
+from ._balance import batch_balance_loss as batch_balance_loss
+from ._balance import dead_experts as dead_experts
+from ._balance import expert_load as expert_load
+from ._balance import load_entropy as load_entropy
+from ._balance import max_violation as max_violation
+from ._balance import router_z_loss as router_z_loss
+from ._balance import sequence_balance_loss as sequence_balance_loss
+from ._balance import updated_bias as updated_bias
+from ._config import MoEConfig as MoEConfig
+from ._config import is_hash_layer as is_hash_layer
+
+# Experts
+from ._experts import SwiGLU as SwiGLU
+from ._experts import SwiGLUExperts as SwiGLUExperts
+
+# Looking
+from ._inspect import plot_balance as plot_balance
+from ._inspect import plot_load as plot_load
+
+# Blocks
+from ._moe import RoutedAndSharedMoE as RoutedAndSharedMoE
+from ._moe import RoutedMoE as RoutedMoE
+
+# Routers
+from ._router import AbstractRouter as AbstractRouter
+from ._router import HashRouter as HashRouter
+from ._router import TopKRouter as TopKRouter
+
+# Records
+from ._routing import Routing as Routing
+
+# Scoring
+from ._scoring import sqrt_softplus as sqrt_softplus
+
+# Training
+from ._training.filters import decay_mask as decay_mask
+from ._training.filters import rebalance as rebalance
+from ._training.filters import trainable as trainable

@@ -1,0 +1,41 @@
+"""How rows are dispatched and multiplied, by name. A new backend is one row of this table."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from ._dispatch import AbstractDispatch, dense_dispatch, sorted_dispatch
+from ._experts import BLOCKS, RAGGED, GroupedMatmul, dense_matmul, grouped_matmul
+
+
+class Backend(NamedTuple):
+    """A way to lay tokens out as rows, and a product for rows in that layout."""
+
+    dispatch: Callable[..., AbstractDispatch]
+    grouped_matmul: GroupedMatmul
+
+
+BACKENDS: dict[str, Backend] = {
+    "blocks": Backend(sorted_dispatch, grouped_matmul(BLOCKS)),
+    "ragged": Backend(sorted_dispatch, grouped_matmul(RAGGED)),
+    "dense": Backend(dense_dispatch, dense_matmul),
+}
+
+# `ragged_dot` lowers to dense work on a CPU; elsewhere it is the platform's own kernel.
+_AUTO = {"cpu": "blocks"}
+_AUTO_ELSEWHERE = "ragged"
+
+
+def find_backend(name: str) -> Backend:
+    """The backend of that name; `"auto"` chooses by the default JAX platform, when traced."""
+    if name == "auto":
+        name = _AUTO.get(jax.default_backend(), _AUTO_ELSEWHERE)
+    return BACKENDS[name]
+
+
+def check_backend(name: str) -> str:
+    """`name`, if it is one that `find_backend` knows; `ValueError` otherwise."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {['auto', *BACKENDS]}. Got {name!r}.")
+    return name

@@ -1,0 +1,180 @@
+"""Expert load, balance losses and the bias update: pure functions of a `Routing`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32, Integer, Real
+
+from ._routing import Routing
+from ._scoring import normalise
+
+
+def count_assignments(
+    indices: Int[Array, "*batch experts_per_token"],
+    mask: Bool[Array, "*batch"] | None,
+    num_experts: int,
+) -> Int32[Array, " experts"]:
+    """Number of unmasked entries of `indices` equal to each expert."""
+    if mask is not None:
+        indices = jnp.where(mask[..., None], indices, num_experts)
+    # Sorted, because a scatter is slow on accelerators and a one-hot as large as the scores.
+    ordered = jnp.sort(indices.reshape(-1))
+    edges = jnp.searchsorted(ordered, jnp.arange(num_experts + 1, dtype=indices.dtype))
+    return jnp.diff(edges).astype(jnp.int32)
+
+
+def expert_load(routing: Routing) -> Int32[Array, " experts"]:
+    """Assignments that each expert receives, `(experts,)` int32.
+
+    All leading axes are summed (micro-batches, devices gathered by `vmap` or `scan`); masked
+    tokens are not counted. A token that names an expert twice counts twice.
+    """
+    return count_assignments(routing.indices, routing.mask, routing.scores.shape[-1])
+
+
+def max_violation(load: Real[Array, "*layers experts"]) -> Float[Array, "*layers"]:
+    """MaxVio (arXiv 2408.15664, eq. 4): `max(load) / mean(load) - 1`, a ratio, float32.
+
+    0 at perfect balance, `experts / experts_per_token - 1` at collapse, and 0 where nothing is
+    loaded.
+    """
+    load = load.astype(jnp.float32)
+    mean = jnp.mean(load, axis=-1)
+    ratio = jnp.max(load, axis=-1) / jnp.where(mean > 0, mean, 1)
+    return jnp.where(mean > 0, jnp.maximum(ratio - 1, 0), 0)
+
+
+def load_entropy(load: Real[Array, "*layers experts"]) -> Float[Array, "*layers"]:
+    """Entropy of the load's shares divided by `log(experts)`: 1 at perfect balance, float32.
+
+    0 when one of several experts takes everything. A single expert has entropy 1 by convention,
+    and a load of zero everywhere has entropy 0.
+    """
+    load = load.astype(jnp.float32)
+    total = jnp.sum(load, axis=-1)
+    if load.shape[-1] == 1:
+        return jnp.where(total > 0, 1.0, 0.0).astype(jnp.float32)
+    shares = load / jnp.where(total > 0, total, 1)[..., None]
+    return jnp.sum(jax.scipy.special.entr(shares), axis=-1) / math.log(load.shape[-1])
+
+
+def dead_experts(load: Real[Array, "*layers experts"]) -> Int32[Array, "*layers"]:
+    """Number of experts with zero load, int32."""
+    return jnp.sum(load == 0, axis=-1, dtype=jnp.int32)
+
+
+def _balance_loss(
+    scores: Float[Array, "groups tokens experts"],
+    mask: Bool[Array, "groups tokens"],
+    experts_per_token: int,
+) -> Float[Array, ""]:
+    """The balance loss of each group of tokens, averaged over the groups with a valid token."""
+    num_experts = scores.shape[-1]
+    # Replaced before any arithmetic: a masked NaN must not reach the value or the gradient.
+    scores = jnp.where(mask[..., None], scores.astype(jnp.float32), 1)
+    # The selection of the unbiased scores, which the bias update does not move.
+    _, selected = jax.lax.top_k(jax.lax.stop_gradient(scores), experts_per_token)
+    counts = jax.vmap(lambda i, m: count_assignments(i, m, num_experts))(selected, mask)
+    num_tokens = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+    divisor = jnp.maximum(num_tokens, 1)[:, None].astype(jnp.float32)
+    fractions = counts.astype(jnp.float32) * (num_experts / experts_per_token) / divisor
+    shares = jnp.sum(jnp.where(mask[..., None], normalise(scores), 0), axis=1) / divisor
+    losses = jnp.sum(fractions * shares, axis=-1)
+    num_groups = jnp.sum(num_tokens > 0, dtype=jnp.int32)
+    return jnp.sum(losses) / jnp.maximum(num_groups, 1).astype(jnp.float32)
+
+
+def _token_mask(routing: Routing) -> Bool[Array, "*batch"]:
+    if routing.mask is None:
+        return jnp.ones(routing.scores.shape[:-1], dtype=bool)
+    return routing.mask
+
+
+def sequence_balance_loss(routing: Routing) -> Float[Array, ""]:
+    """Sequence-wise balance loss, unweighted, float32: DeepSeek-V3 (arXiv 2412.19437), eq. 17-20.
+
+    `sum_i f_i P_i`, where `f_i` is the share of selections of expert `i` times `experts`, by the
+    top-k of the scores **without** the bias (no gradient flows through it), and `P_i` the mean
+    over tokens of the scores divided by their sum. 1 at perfect balance,
+    `experts / experts_per_token` at full collapse.
+
+    The last batch axis holds the tokens of one sequence and every axis before it sequences, over
+    which the mean is taken; a single token is a sequence of one. Masked tokens are left out, and
+    so are sequences without a valid token; with none at all the loss is 0. Meant for layers that
+    select by score: a hash layer has nothing to balance.
+    """
+    scores, mask = routing.scores, _token_mask(routing)
+    tokens = scores.shape[-2] if scores.ndim > 1 else 1
+    groups = math.prod(scores.shape[:-2])
+    scores = scores.reshape(groups, tokens, scores.shape[-1])
+    return _balance_loss(scores, mask.reshape(groups, tokens), routing.indices.shape[-1])
+
+
+def batch_balance_loss(routing: Routing) -> Float[Array, ""]:
+    """`sequence_balance_loss` with all tokens, whatever their axes, as one sequence."""
+    scores, mask = routing.scores, _token_mask(routing)
+    tokens = math.prod(scores.shape[:-1])
+    scores = scores.reshape(1, tokens, scores.shape[-1])
+    return _balance_loss(scores, mask.reshape(1, tokens), routing.indices.shape[-1])
+
+
+def router_z_loss(routing: Routing) -> Float[Array, ""]:
+    """Mean over valid tokens of `logsumexp(logits) ** 2`, unweighted, float32.
+
+    ST-MoE (arXiv 2202.08906), eq. 5. 0 when there is no valid token.
+    """
+    mask = _token_mask(routing)
+    logits = jnp.where(mask[..., None], routing.logits.astype(jnp.float32), 0)
+    squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+    num_tokens = jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1).astype(jnp.float32)
+    return jnp.sum(jnp.where(mask, squares, 0)) / num_tokens
+
+
+def _check_update(bias: Array, load: Array, rate: ArrayLike) -> None:
+    if not jnp.issubdtype(load.dtype, jnp.integer):
+        raise TypeError(f"`load` must hold integer counts. Got dtype {load.dtype}.")
+    if bias.ndim == 0 or bias.shape != load.shape:
+        raise ValueError(
+            "`bias` and `load` must have the same shape (*layers, experts). "
+            f"Got {bias.shape} and {load.shape}."
+        )
+    if jnp.ndim(rate) != 0:
+        raise ValueError(f"`rate` must be a scalar. Got shape {jnp.shape(rate)}.")
+    if not isinstance(rate, Tracer) and not np.isfinite(rate):
+        raise ValueError(f"`rate` must be finite. Got {rate}.")
+
+
+def updated_bias(
+    bias: Float[Array, "*layers experts"],
+    load: Integer[Array, "*layers experts"],
+    rate: Real[ArrayLike, ""],
+    *,
+    center: bool = False,
+) -> Float[Array, "*layers experts"]:
+    """`bias + rate * sign(mean(load) - load)`, float32 (arXiv 2408.15664, algorithm 1).
+
+    The sign is decided in integers, exactly, for counts up to the largest of their dtype. `load`
+    is the count of the whole step: sum over devices and micro-batches first. `center=True` also
+    subtracts the mean of the update, which stops the common drift and leaves selection alone.
+    A load of zero everywhere leaves the bias unchanged.
+
+    Raises `TypeError` for a `load` that is not integer, `ValueError` for shapes that differ and
+    for a `rate` that is not a finite scalar (a traced rate cannot be checked).
+    """
+    _check_update(bias, load, rate)
+    if load.dtype.itemsize < 4:
+        load = load.astype(jnp.int32)
+    num_experts = load.shape[-1]
+    # quotient and remainder of sum(load) / experts, without forming a sum that could overflow.
+    parts = jnp.sum(load % num_experts, axis=-1, keepdims=True, dtype=load.dtype)
+    quotient = jnp.sum(load // num_experts, axis=-1, keepdims=True, dtype=load.dtype)
+    quotient, remainder = quotient + parts // num_experts, parts % num_experts
+    below = (load < quotient) | ((load == quotient) & (remainder > 0))
+    balanced = (load == quotient) & (remainder == 0)
+    sign = jnp.where(below, 1.0, jnp.where(balanced, 0.0, -1.0)).astype(jnp.float32)
+    if center:
+        sign = sign - jnp.mean(sign, axis=-1, keepdims=True)
+    return bias.astype(jnp.float32) + jnp.asarray(rate, jnp.float32) * sign

@@ -1,0 +1,48 @@
+"""Argument checks shared by the constructors. Each raises an error that names the argument."""
+
+import math
+import operator
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """`value` as a Python int of at least 1; `TypeError` or `ValueError` otherwise."""
+    if isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an integer. Got {value!r}.")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an integer. Got {value!r}.") from None
+    if number < 1:
+        raise ValueError(f"`{name}` must be at least 1. Got {number}.")
+    return number
+
+
+def positive_number(name: str, value: object) -> float:
+    """`value` as a finite Python float above 0; `TypeError` or `ValueError` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number. Got {value!r}.")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"`{name}` must be finite and above 0. Got {value!r}.")
+    return float(value)
+
+
+def floating_dtype(name: str, value: object) -> jnp.dtype:
+    """`value` as a floating-point dtype; `TypeError` otherwise."""
+    dtype = jnp.dtype(value)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`{name}` must be a floating-point dtype. Got {dtype}.")
+    return dtype
+
+
+def last_axis(name: str, array: Any, size: int, size_name: str) -> None:
+    """`array` is floating point and its last axis has `size` entries."""
+    shape, dtype = jnp.shape(array), jnp.result_type(array)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`{name}` must have a floating-point dtype. Got {dtype}.")
+    if len(shape) == 0 or shape[-1] != size:
+        raise ValueError(
+            f"`{name}` must have shape (*batch, {size_name}={size}). Got {tuple(shape)}."
+        )

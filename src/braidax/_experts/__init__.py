@@ -1,0 +1,10 @@
+"""Experts: see rows grouped by expert, and never know what a token is."""
+
+from .blocks import BLOCKS as BLOCKS
+from .dense import dense_matmul as dense_matmul
+from .grouped_matmul import GroupedMatmul as GroupedMatmul
+from .grouped_matmul import Kernels as Kernels
+from .grouped_matmul import grouped_matmul as grouped_matmul
+from .ragged import RAGGED as RAGGED
+from .swiglu import SwiGLU as SwiGLU
+from .swiglu import SwiGLUExperts as SwiGLUExperts

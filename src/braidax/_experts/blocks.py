@@ -1,0 +1,153 @@
+"""Grouped matrix product as a loop over blocks of rows: the default on CPU, portable everywhere.
+
+The loop runs over the blocks that exist, so the work follows the assignments whatever their
+skew; a block never crosses a group. Operands are widened to float32 block by block, which is
+exact and faster on a CPU than a product of narrow numbers.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .grouped_matmul import Kernels, accumulation_dtype
+
+_LARGEST_BLOCK = 256
+
+
+class _Blocks(NamedTuple):
+    """Where each block lies; entries past `count` are padding and never read."""
+
+    count: Int[Array, ""]
+    group: Int[Array, " blocks"]
+    start: Int[Array, " blocks"]
+    stop: Int[Array, " blocks"]
+    first: Int[Array, " blocks"]
+
+
+def block_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
+    """The row counts a block may have, ascending, from static shapes alone.
+
+    The largest is the mean group in steps of 8, at most 256: enough rows to pay for reading the
+    group's weights. Blocks that are not full use the smallest size that holds their rows; under
+    8 rows the choice costs more than it saves.
+    """
+    mean = -(-num_rows // num_groups)
+    largest = min(-(-mean // 8) * 8, _LARGEST_BLOCK, num_rows)
+    smaller = {size for size in (-(-largest // 4), -(-largest // 2)) if size >= 8}
+    return (*sorted(smaller), largest)
+
+
+def _plan(group_sizes: Int[Array, " groups"], num_rows: int, block_size: int) -> _Blocks:
+    num_groups = group_sizes.shape[0]
+    group_stops = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    blocks_per_group = -(-group_sizes // block_size)
+    last_blocks = jnp.cumsum(blocks_per_group, dtype=jnp.int32)
+    block = jnp.arange(num_rows // block_size + num_groups, dtype=jnp.int32)
+    group = jnp.searchsorted(last_blocks, block, side="right").astype(jnp.int32)
+    group = jnp.minimum(group, num_groups - 1)
+    within = block - (last_blocks - blocks_per_group)[group]
+    start = (group_stops - group_sizes)[group] + within * block_size
+    stop = jnp.minimum(start + block_size, group_stops[group])
+    return _Blocks(last_blocks[-1], group, start, stop, within == 0)
+
+
+def _at_smallest_size(
+    sizes: tuple[int, ...], live: Int[Array, ""], compute: Callable[[int], Array]
+) -> Array:
+    """`compute` at the smallest of `sizes` that holds `live` rows. Its results have one shape,
+    because a branch that returned the whole output would copy it."""
+    if len(sizes) == 1:
+        return compute(sizes[0])
+    branch = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), live)
+    return jax.lax.switch(branch, [lambda size=size: compute(size) for size in sizes])
+
+
+def _window(
+    array: Float[Array, "rows size"], start: Int[Array, ""], size: int, dtype: jnp.dtype
+) -> tuple[Float[Array, "window size"], Int[Array, ""]]:
+    """`size` rows that hold the ones from `start` on, and the row that they begin with: earlier
+    than `start` where the array would end too soon."""
+    begin = jnp.minimum(start, array.shape[0] - size)
+    return jax.lax.dynamic_slice_in_dim(array, begin, size).astype(dtype), begin
+
+
+def _live(begin: Array, size: int, start: Array, stop: Array) -> Array:
+    row = begin + jnp.arange(size, dtype=jnp.int32)
+    return ((row >= start) & (row < stop))[:, None]
+
+
+def _multiply(
+    rows: Float[Array, "rows size_in"],
+    weight: Float[Array, "groups a b"],
+    group_sizes: Int[Array, " groups"],
+    transposed: bool,
+) -> Float[Array, "rows size_out"]:
+    num_rows = rows.shape[0]
+    size_out = weight.shape[1 if transposed else 2]
+    dtype = accumulation_dtype(rows, weight)
+    output = jnp.zeros((num_rows, size_out), dtype)
+    if num_rows == 0:
+        return output
+    sizes = block_sizes(num_rows, weight.shape[0])
+    largest = sizes[-1]
+    blocks = _plan(group_sizes, num_rows, largest)
+    contraction = (((1,), (1 if transposed else 0,)), ((), ()))
+
+    def step(i, output):
+        start, stop = blocks.start[i], blocks.stop[i]
+        matrix = jax.lax.dynamic_index_in_dim(weight, blocks.group[i], keepdims=False)
+        matrix = matrix.astype(dtype)
+        previous, first_row = _window(output, start, largest, dtype)
+
+        def compute(size):
+            window, begin = _window(rows, start, size, dtype)
+            product = jax.lax.dot_general(window, matrix, contraction)
+            padded = jnp.zeros((largest, size_out), dtype)
+            return jax.lax.dynamic_update_slice_in_dim(padded, product, begin - first_row, 0)
+
+        product = _at_smallest_size(sizes, stop - start, compute)
+        # A window reaches into its neighbours' rows: only the block's own are written.
+        product = jnp.where(_live(first_row, largest, start, stop), product, previous)
+        return jax.lax.dynamic_update_slice_in_dim(output, product, first_row, 0)
+
+    return jax.lax.fori_loop(0, blocks.count, step, output)
+
+
+def _outer(
+    left: Float[Array, "rows a"], right: Float[Array, "rows b"], group_sizes: Int[Array, " groups"]
+) -> Float[Array, "groups a b"]:
+    num_rows = left.shape[0]
+    dtype = accumulation_dtype(left, right)
+    output = jnp.zeros((group_sizes.shape[0], left.shape[1], right.shape[1]), dtype)
+    if num_rows == 0:
+        return output
+    sizes = block_sizes(num_rows, group_sizes.shape[0])
+    blocks = _plan(group_sizes, num_rows, sizes[-1])
+    contraction = (((0,), (0,)), ((), ()))
+
+    def step(i, output):
+        start, stop, group = blocks.start[i], blocks.stop[i], blocks.group[i]
+
+        def compute(size):
+            # Both sides are cleared of their neighbours' rows: 0 * NaN is NaN.
+            (window_left, begin), (window_right, _) = (
+                _window(array, start, size, dtype) for array in (left, right)
+            )
+            live = _live(begin, size, start, stop)
+            return jax.lax.dot_general(
+                jnp.where(live, window_left, 0), jnp.where(live, window_right, 0), contraction
+            )
+
+        product = _at_smallest_size(sizes, stop - start, compute)
+        previous = jax.lax.dynamic_index_in_dim(output, group, keepdims=False)
+        product = jnp.where(blocks.first[i], product, previous + product)
+        return jax.lax.dynamic_update_index_in_dim(output, product, group, 0)
+
+    return jax.lax.fori_loop(0, blocks.count, step, output)
+
+
+# Compiled once for each shape, also when the block is called outside of `jax.jit`.
+BLOCKS = Kernels(jax.jit(_multiply, static_argnums=3), jax.jit(_outer))

@@ -1,0 +1,49 @@
+"""Grouped matrix product by `jax.lax.ragged_dot`: the default on GPU and TPU.
+
+On a CPU it lowers to dense work over all groups, and a NaN in one group's weights reaches every
+row there.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .grouped_matmul import Kernels, accumulation_dtype
+
+
+def _multiply(
+    rows: Float[Array, "rows size_in"],
+    weight: Float[Array, "groups a b"],
+    group_sizes: Int[Array, " groups"],
+    transposed: bool,
+) -> Float[Array, "rows size_out"]:
+    contraction = (((1,), (2 if transposed else 1,)), ((), ()))
+    dimensions = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=contraction, lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    )
+    dtype = accumulation_dtype(rows, weight)
+    product = jax.lax.ragged_dot_general(
+        rows, weight, group_sizes, dimensions, preferred_element_type=dtype
+    )
+    # Rows that belong to no group are undefined on some platforms.
+    owned = jnp.arange(rows.shape[0]) < group_sizes.sum()
+    return jnp.where(owned[:, None], product, 0)
+
+
+def _outer(
+    left: Float[Array, "rows a"], right: Float[Array, "rows b"], group_sizes: Int[Array, " groups"]
+) -> Float[Array, "groups a b"]:
+    dimensions = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[],
+    )
+    dtype = accumulation_dtype(left, right)
+    product = jax.lax.ragged_dot_general(
+        left, right, group_sizes, dimensions, preferred_element_type=dtype
+    )
+    # Groups without rows are undefined on some platforms.
+    return jnp.where((group_sizes > 0)[:, None, None], product, 0)
+
+
+RAGGED = Kernels(jax.jit(_multiply, static_argnums=3), jax.jit(_outer))

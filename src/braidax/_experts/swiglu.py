@@ -1,0 +1,147 @@
+"""SwiGLU with clamped activations: one expert, and a stack of them."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+
+from .._checks import floating_dtype, last_axis, positive_integer, positive_number
+from .grouped_matmul import GroupedMatmul, accumulation_dtype
+
+
+def swiglu(
+    gate_up: Float[Array, "*batch gate_and_up"], limit: float | None
+) -> Float[Array, "*batch intermediate"]:
+    """`silu(min(gate, limit)) * clip(up, -limit, limit)`; the first half of the axis is the gate.
+
+    Selects instead of `jnp.minimum` and `jnp.clip`: their derivative exactly at the limit is one
+    half, the reference's is 1. A gate of -inf gives 0, as the limit of silu does.
+    """
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    lowest = float(jnp.finfo(gate.dtype).min)
+    gate = jnp.where(gate < lowest, lowest, gate)
+    if limit is not None:
+        gate = jnp.where(gate > limit, limit, gate)
+        up = jnp.where(up > limit, limit, jnp.where(up < -limit, -limit, up))
+    return jax.nn.silu(gate) * up
+
+
+def _uniform(
+    key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype
+) -> Float[Array, "..."]:
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class SwiGLU(eqx.Module):
+    """One SwiGLU feed-forward network without biases: the shared expert.
+
+    Both weights keep the intermediate axis first, gate rows before up rows. The released
+    spelling is `w1`/`gate_proj` and `w3`/`up_proj` for the halves of `gate_up`, and the transpose
+    of `w2`/`down_proj` for `down`.
+
+    **Source:** arXiv:2002.05202; the clamp is that of DeepSeek-V4 (arXiv:2606.19348), 4.2.3.
+    """
+
+    gate_up: Float[Array, "gate_and_up hidden"]
+    down: Float[Array, "intermediate hidden"]
+    limit: float | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        limit: float | int | None = None,
+        dtype: DTypeLike = jnp.float32,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `hidden_size`, `intermediate_size`: widths.
+        - `limit`: clamps the gate from above and the up projection on both sides; `None` for no
+            clamp.
+        - `dtype`: of the weights.
+        - `key`: for their initialisation, uniform within +-1/sqrt(fan-in).
+
+        **Raises:** `ValueError` or `TypeError` naming the argument.
+        """
+        hidden = positive_integer("hidden_size", hidden_size)
+        intermediate = positive_integer("intermediate_size", intermediate_size)
+        dtype = floating_dtype("dtype", dtype)
+        gate_up_key, down_key = jax.random.split(key)
+        self.gate_up = _uniform(gate_up_key, (2 * intermediate, hidden), hidden, dtype)
+        self.down = _uniform(down_key, (intermediate, hidden), intermediate, dtype)
+        self.limit = None if limit is None else positive_number("limit", limit)
+
+    @jax.named_scope("braidax.SwiGLU")
+    def __call__(
+        self, hidden_states: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch hidden"]:
+        """`(*batch, hidden)` to `(*batch, hidden)`, returned in float32 or wider so that the sum
+        with the routed experts is rounded once. `key` is ignored.
+
+        **Raises:** `ValueError` or `TypeError` at trace time for a wrong width or dtype.
+        """
+        del key
+        last_axis("hidden_states", hidden_states, self.gate_up.shape[-1], "hidden")
+        dtype = accumulation_dtype(hidden_states, self.gate_up)
+        gate_up = jnp.matmul(hidden_states, self.gate_up.T, preferred_element_type=dtype)
+        activations = swiglu(gate_up, self.limit).astype(hidden_states.dtype)
+        return jnp.matmul(activations, self.down, preferred_element_type=dtype)
+
+
+class SwiGLUExperts(eqx.Module):
+    """A stack of `SwiGLU` networks, applied to rows that are grouped by expert.
+
+    The weights are those of `SwiGLU` with a leading expert axis, `gate_up` known elsewhere as
+    `gate_up_proj` and `down` as the transpose of `down_proj`.
+    """
+
+    gate_up: Float[Array, "experts gate_and_up hidden"]
+    down: Float[Array, "experts intermediate hidden"]
+    limit: float | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        limit: float | int | None = None,
+        dtype: DTypeLike = jnp.float32,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:** `num_experts`, then as for `SwiGLU`.
+
+        **Raises:** `ValueError` or `TypeError` naming the argument.
+        """
+        experts = positive_integer("num_experts", num_experts)
+        hidden = positive_integer("hidden_size", hidden_size)
+        intermediate = positive_integer("intermediate_size", intermediate_size)
+        dtype = floating_dtype("dtype", dtype)
+        gate_up_key, down_key = jax.random.split(key)
+        self.gate_up = _uniform(gate_up_key, (experts, 2 * intermediate, hidden), hidden, dtype)
+        self.down = _uniform(down_key, (experts, intermediate, hidden), intermediate, dtype)
+        self.limit = None if limit is None else positive_number("limit", limit)
+
+    @jax.named_scope("braidax.SwiGLUExperts")
+    def __call__(
+        self,
+        rows: Float[Array, "rows hidden"],
+        group_sizes: Int[Array, " experts"],
+        grouped_matmul: GroupedMatmul,
+    ) -> Float[Array, "rows hidden"]:
+        """Each row through the expert of its group; rows past the groups give 0.
+
+        **Arguments:**
+
+        - `rows`: `(rows, hidden)`, consecutive rows for each expert.
+        - `group_sizes`: int32 `(experts,)`, rows of each expert.
+        - `grouped_matmul`: the product to use, from the block's backend.
+
+        **Returns:** `(rows, hidden)` in float32 or wider: the caller sums before it rounds.
+        """
+        gate_up = grouped_matmul(rows, self.gate_up, group_sizes, True)
+        activations = swiglu(gate_up, self.limit).astype(rows.dtype)
+        return grouped_matmul(activations, self.down, group_sizes, False)

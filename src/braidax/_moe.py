@@ -1,0 +1,245 @@
+"""The block: four stages, nothing backwards.
+
+    hidden_states, input_ids -> router -> Routing -> dispatch -> experts -> combine -> output
+
+The `Routing` is returned beside the output; losses, metrics and the bias update are functions of
+it, outside the layer.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float, Integer, PRNGKeyArray
+
+from . import hash_tables
+from ._backends import check_backend, find_backend
+from ._checks import last_axis
+from ._config import MoEConfig, is_hash_layer
+from ._experts import SwiGLU, SwiGLUExperts
+from ._experts.grouped_matmul import accumulation_dtype
+from ._router import AbstractRouter, HashRouter, TopKRouter
+from ._router.base import check_mask
+from ._routing import Routing, zero_masked
+
+
+class RoutedMoE(eqx.Module):
+    """Routed experts: each token is computed by the few experts its router chose.
+
+    `block(hidden_states, input_ids)` takes a token, a sequence or a batch, `(*batch, hidden)`,
+    and returns `(output, routing)`. Native leading axes are the fast path; `jax.vmap(block)`
+    gives the same answer and composes with `jax.grad` either way round.
+
+    **Source:** DeepSeek-V4 (arXiv:2606.19348), section 2.1.
+    """
+
+    router: AbstractRouter
+    experts: SwiGLUExperts
+    backend: str = eqx.field(static=True)
+
+    def __init__(self, router: AbstractRouter, experts: SwiGLUExperts, *, backend: str = "auto"):
+        """**Arguments:**
+
+        - `router`: an `AbstractRouter`.
+        - `experts`: a `SwiGLUExperts`, or any module with its call signature.
+        - `backend`: `"auto"` (by platform), `"blocks"`, `"ragged"`, or `"dense"`, in which every
+            expert computes every token: slow, but differentiable in forward mode too.
+
+        **Raises:** `ValueError` for an unknown backend.
+        """
+        self.router = router
+        self.experts = experts
+        self.backend = check_backend(backend)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: MoEConfig,
+        layer_idx: int,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        key: PRNGKeyArray,
+    ) -> "RoutedMoE":
+        """The routed experts of layer `layer_idx`: hash-routed if it is one of the first
+        `config.num_hash_layers`, by an MD5 table salted with the layer index; top-k otherwise.
+        """
+        router_key, experts_key = jax.random.split(key)
+        experts = SwiGLUExperts(
+            config.num_experts,
+            config.hidden_size,
+            config.intermediate_size,
+            limit=config.swiglu_limit,
+            dtype=dtype,
+            key=experts_key,
+        )
+        return cls(_router(config, layer_idx, dtype, router_key), experts)
+
+    def __call__(
+        self,
+        hidden_states: Float[Array, "*batch hidden"],
+        input_ids: Integer[Array, "*batch"] | None = None,
+        *,
+        mask: Bool[Array, "*batch"] | None = None,
+        routing: Routing | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*batch hidden"], Routing]:
+        """Route, dispatch, compute, combine.
+
+        **Arguments:**
+
+        - `hidden_states`: `(*batch, hidden)`, floating point.
+        - `input_ids`: `(*batch,)` token ids, required by a `HashRouter`, ignored by a
+            `TopKRouter`.
+        - `mask`: `(*batch,)` bool, `False` on padding: zero output, no gradient, not counted.
+        - `routing`: replay this assignment, its mask included, instead of routing.
+        - `key`: handed to the router, which ignores it.
+
+        **Returns:** the output, in the shape and dtype of `hidden_states`, and the `Routing`.
+
+        **Raises:** `ValueError` or `TypeError` at trace time for wrong shapes and dtypes.
+        """
+        output, routing = routed_sum(self, hidden_states, input_ids, mask, routing, key)
+        return output.astype(hidden_states.dtype), routing
+
+
+class RoutedAndSharedMoE(eqx.Module):
+    """Routed experts plus a shared expert that every token passes: DeepSeek's MoE layer.
+
+    The shared output is added unscaled, in float32, and the sum is rounded once.
+    """
+
+    routed: RoutedMoE
+    shared: SwiGLU
+
+    def __init__(self, routed: RoutedMoE, shared: SwiGLU):
+        """**Arguments:**
+
+        - `routed`: a `RoutedMoE`.
+        - `shared`: a `SwiGLU`, or any module from `(*batch, hidden)` to `(*batch, hidden)`.
+        """
+        self.routed = routed
+        self.shared = shared
+
+    @classmethod
+    def from_config(
+        cls,
+        config: MoEConfig,
+        layer_idx: int,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        key: PRNGKeyArray,
+    ) -> "RoutedAndSharedMoE":
+        """The MoE layer `layer_idx` of `config`. Several shared experts are one wider network.
+
+        **Raises:** `ValueError` if the configuration has no shared expert.
+        """
+        if config.num_shared_experts < 1:
+            raise ValueError(
+                "`config.num_shared_experts` must be at least 1. "
+                f"Got {config.num_shared_experts}: use `RoutedMoE`."
+            )
+        routed_key, shared_key = jax.random.split(key)
+        shared = SwiGLU(
+            config.hidden_size,
+            config.num_shared_experts * config.intermediate_size,
+            limit=config.shared_swiglu_limit,
+            dtype=dtype,
+            key=shared_key,
+        )
+        return cls(RoutedMoE.from_config(config, layer_idx, dtype=dtype, key=routed_key), shared)
+
+    def __call__(
+        self,
+        hidden_states: Float[Array, "*batch hidden"],
+        input_ids: Integer[Array, "*batch"] | None = None,
+        *,
+        mask: Bool[Array, "*batch"] | None = None,
+        routing: Routing | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*batch hidden"], Routing]:
+        """As `RoutedMoE.__call__`, with the shared expert's output added."""
+        output, routing = routed_sum(self.routed, hidden_states, input_ids, mask, routing, key)
+        shared = self.shared(zero_masked(hidden_states, routing.mask))
+        output = zero_masked(output + shared.astype(output.dtype), routing.mask)
+        return output.astype(hidden_states.dtype), routing
+
+
+def routed_sum(
+    block: RoutedMoE,
+    hidden_states: Float[Array, "*batch hidden"],
+    input_ids: Integer[Array, "*batch"] | None,
+    mask: Bool[Array, "*batch"] | None,
+    routing: Routing | None,
+    key: PRNGKeyArray | None,
+) -> tuple[Float[Array, "*batch hidden"], Routing]:
+    """The four stages, up to the float32 (or wider) sum over experts, not yet rounded."""
+    if routing is None:
+        routing = block.router(hidden_states, input_ids, mask=mask, key=key)
+    else:
+        _check_replay(block, hidden_states, mask, routing)
+    batch, hidden = hidden_states.shape[:-1], hidden_states.shape[-1]
+    tokens = zero_masked(hidden_states, routing.mask).reshape(-1, hidden)
+    flat_mask = None if routing.mask is None else routing.mask.reshape(-1)
+    indices = routing.indices.reshape(-1, routing.indices.shape[-1])
+    weights = routing.weights.reshape(indices.shape)
+
+    backend = find_backend(block.backend)
+    dispatch = backend.dispatch(indices, flat_mask, routing.scores.shape[-1])
+    rows = dispatch.gather(tokens)
+    rows = block.experts(rows, dispatch.group_sizes, backend.grouped_matmul)
+    output = dispatch.combine(rows, weights)
+    return output.reshape(*batch, hidden).astype(accumulation_dtype(hidden_states)), routing
+
+
+def _router(
+    config: MoEConfig, layer_idx: int, dtype: DTypeLike, key: PRNGKeyArray
+) -> AbstractRouter:
+    sizes = (config.hidden_size, config.num_experts, config.num_experts_per_token)
+    if is_hash_layer(config, layer_idx):
+        assert config.vocab_size is not None  # MoEConfig asks for it when it has hash layers.
+        table = hash_tables.md5(
+            config.vocab_size, config.num_experts, config.num_experts_per_token, salt=layer_idx
+        )
+        return HashRouter(
+            *sizes,
+            table=table,
+            score_function=config.score_function,
+            normalize=config.normalize,
+            scaling_factor=config.scaling_factor,
+            temperature=config.temperature,
+            dtype=dtype,
+            key=key,
+        )
+    return TopKRouter(
+        *sizes,
+        score_function=config.score_function,
+        normalize=config.normalize,
+        scaling_factor=config.scaling_factor,
+        num_groups=config.num_groups,
+        num_selected_groups=config.num_selected_groups,
+        temperature=config.temperature,
+        dtype=dtype,
+        key=key,
+    )
+
+
+def _check_replay(
+    block: RoutedMoE,
+    hidden_states: Float[Array, "*batch hidden"],
+    mask: Bool[Array, "*batch"] | None,
+    routing: Routing,
+) -> None:
+    last_axis("hidden_states", hidden_states, block.router.weight.shape[-1], "hidden")
+    if mask is not None:
+        raise ValueError("`mask` must be None when `routing` is given: it has its own. Got both.")
+    batch, num_experts = hidden_states.shape[:-1], block.router.weight.shape[0]
+    check_mask(routing.mask, batch)
+    if routing.indices.shape[:-1] != batch or routing.weights.shape != routing.indices.shape:
+        raise ValueError(
+            f"`routing` must have indices and weights of shape {(*batch, 'experts_per_token')}. "
+            f"Got {routing.indices.shape} and {routing.weights.shape}."
+        )
+    if routing.scores.shape[-1] != num_experts:
+        raise ValueError(
+            f"`routing` must be over {num_experts} experts, as the block. "
+            f"Got {routing.scores.shape[-1]}."
+        )

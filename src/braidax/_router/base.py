@@ -1,0 +1,146 @@
+"""The gate that every router shares; a subclass only selects experts."""
+
+import abc
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Integer, PRNGKeyArray, Real
+
+from .._checks import last_axis, positive_integer, positive_number
+from .._routing import Routing, zero_masked
+from .._scoring import SCORE_FUNCTIONS
+
+
+class AbstractRouter(eqx.Module):
+    """gate -> score -> select -> gather -> normalise -> scale; a subclass provides *select*.
+
+    Everything is computed in float32 whatever the dtype of the parameters and of the input, and
+    the gate's matrix product at the highest precision: a lower one changes which experts are
+    selected.
+
+    To write a router, subclass, declare the fields below, and implement `select`. Arrays that
+    must not be trained by gradient are listed in `untrained_fields`.
+    """
+
+    weight: eqx.AbstractVar[Float[Array, "experts hidden"]]
+    num_experts_per_token: eqx.AbstractVar[int]
+    score_function: eqx.AbstractVar[str]
+    normalize: eqx.AbstractVar[bool]
+    scaling_factor: eqx.AbstractVar[float]
+    temperature: eqx.AbstractVar[float]
+
+    untrained_fields: ClassVar[tuple[str, ...]] = ()
+
+    @abc.abstractmethod
+    def select(
+        self,
+        scores: Float[Array, "*batch experts"],
+        logits: Float[Array, "*batch experts"],
+        input_ids: Integer[Array, "*batch"] | None,
+    ) -> tuple[Int[Array, "*batch experts_per_token"], Bool[Array, "*batch"]]:
+        """Indices of the chosen experts, all within `[0, experts)`, and whether each token has a
+        defined answer. A token without one gets NaN weights and leaves all others untouched."""
+
+    def rebalanced(
+        self, load: Int[Array, "*layers experts"], rate: Real[ArrayLike, ""]
+    ) -> "AbstractRouter":
+        """This router after one balancing step. A router without a selection bias stays."""
+        del load, rate
+        return self
+
+    @jax.named_scope("braidax.router")
+    def __call__(
+        self,
+        hidden_states: Float[Array, "*batch hidden"],
+        input_ids: Integer[Array, "*batch"] | None = None,
+        *,
+        mask: Bool[Array, "*batch"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Routing:
+        """Route every token.
+
+        **Arguments:**
+
+        - `hidden_states`: `(*batch, hidden)`, any floating-point dtype.
+        - `input_ids`: `(*batch,)` token ids; needed by routers that look at ids, ignored by the
+            others.
+        - `mask`: `(*batch,)` bool, `False` on padding. Padding is routed with weight 0 and may
+            hold anything, NaN and invalid ids included.
+        - `key`: ignored; provided for compatibility with the Equinox module API.
+
+        **Returns:** a `Routing`.
+
+        **Raises:** `ValueError` or `TypeError` at trace time for a wrong shape or dtype.
+        """
+        del key
+        last_axis("hidden_states", hidden_states, self.weight.shape[-1], "hidden")
+        check_mask(mask, hidden_states.shape[:-1])
+        hidden_states = zero_masked(jnp.asarray(hidden_states), mask).astype(jnp.float32)
+        logits = jnp.matmul(
+            hidden_states,
+            self.weight.astype(jnp.float32).T,
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        logits = logits / self.temperature
+        function = SCORE_FUNCTIONS[self.score_function]
+        scores = function.scores(logits)
+
+        indices, defined = self.select(scores, logits, input_ids)
+        weights = jnp.take_along_axis(scores, indices, axis=-1, mode="promise_in_bounds")
+        if self.normalize:
+            weights = function.normalise(weights)
+        weights = weights * self.scaling_factor
+        weights = jnp.where(defined[..., None], weights, jnp.nan)
+        return Routing(
+            indices=indices,
+            weights=zero_masked(weights, mask),
+            scores=scores,
+            logits=logits,
+            mask=mask,
+            dropped=jnp.zeros((), jnp.int32),
+        )
+
+
+def check_mask(mask: Bool[Array, "*batch"] | None, batch: tuple[int, ...]) -> None:
+    """`mask` is None or a bool array with one entry for each token."""
+    if mask is None:
+        return
+    if jnp.result_type(mask) != jnp.bool_:
+        raise TypeError(f"`mask` must have dtype bool. Got {jnp.result_type(mask)}.")
+    if jnp.shape(mask) != tuple(batch):
+        raise ValueError(
+            f"`mask` must have the shape of `hidden_states` without its last axis, "
+            f"{tuple(batch)}. Got {jnp.shape(mask)}."
+        )
+
+
+def check_gate(
+    hidden_size: int,
+    num_experts: int,
+    num_experts_per_token: int,
+    score_function: str,
+    scaling_factor: float | int,
+) -> None:
+    """The constructor arguments that all routers share."""
+    positive_integer("hidden_size", hidden_size)
+    positive_integer("num_experts", num_experts)
+    if positive_integer("num_experts_per_token", num_experts_per_token) > num_experts:
+        raise ValueError(
+            "`num_experts_per_token` must be at most `num_experts`. "
+            f"Got {num_experts_per_token} and {num_experts}."
+        )
+    if score_function not in SCORE_FUNCTIONS:
+        raise ValueError(
+            f"`score_function` must be one of {sorted(SCORE_FUNCTIONS)}. Got {score_function!r}."
+        )
+    positive_number("scaling_factor", scaling_factor)
+
+
+def gate_weight(
+    hidden_size: int, num_experts: int, *, dtype: jnp.dtype, key: PRNGKeyArray
+) -> Float[Array, "experts hidden"]:
+    """Uniform within +-1/sqrt(hidden), as `eqx.nn.Linear` initialises its weight."""
+    bound = hidden_size**-0.5
+    return jax.random.uniform(key, (num_experts, hidden_size), dtype, -bound, bound)

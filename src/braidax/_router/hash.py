@@ -1,0 +1,112 @@
+"""`HashRouter`: a fixed token id -> experts assignment with learned weights."""
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer, PRNGKeyArray
+
+from .. import hash_tables
+from .._checks import floating_dtype
+from .base import AbstractRouter, check_gate, gate_weight
+
+
+class HashRouter(AbstractRouter):
+    """Looks the experts of a token up by its id; how much each counts is learned.
+
+    The table is an int32 leaf, so no gradient, optimizer or dtype cast of floating-point
+    parameters touches it. There is no selection bias and nothing to balance by loss. An id
+    outside the table gives that token NaN weights and changes no other token.
+
+    The table is known elsewhere as `tid2eid`.
+
+    **Source:** DeepSeek-V4 (arXiv:2606.19348), section 2.1; Hash Layers (arXiv:2106.04426).
+    """
+
+    weight: Float[Array, "experts hidden"]
+    table: Int[Array, "vocab experts_per_token"]
+    num_experts_per_token: int = eqx.field(static=True)
+    score_function: str = eqx.field(static=True)
+    normalize: bool = eqx.field(static=True)
+    scaling_factor: float = eqx.field(static=True)
+    temperature: float = eqx.field(static=True)
+
+    untrained_fields: ClassVar[tuple[str, ...]] = ("table",)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_experts_per_token: int,
+        *,
+        table: Int[np.ndarray, "vocab experts_per_token"] | Int[Array, "vocab experts_per_token"],
+        score_function: str = "sqrtsoftplus",
+        normalize: bool = True,
+        scaling_factor: float | int = 1.0,
+        temperature: float | int = 1.0,
+        dtype: DTypeLike = jnp.float32,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `hidden_size`, `num_experts`, `num_experts_per_token`: sizes.
+        - `table`: integers `(vocab, num_experts_per_token)` in `[0, num_experts)`, from
+            `braidax.hash_tables` or a checkpoint. An expert named twice in a row counts twice.
+        - `score_function`, `normalize`, `scaling_factor`, `temperature`, `dtype`, `key`: as for
+            `TopKRouter`.
+
+        **Raises:** `ValueError` or `TypeError` naming the argument. The table's content is
+        checked, so it must be concrete: build the router outside of `jax.jit`.
+        """
+        check_gate(hidden_size, num_experts, num_experts_per_token, score_function, scaling_factor)
+        if isinstance(table, jax.core.Tracer):
+            raise TypeError(
+                "`table` must be a concrete array, because its content is checked. Got a traced "
+                "array: build the router outside of jit, vmap and scan."
+            )
+        if np.ndim(table) != 2 or np.shape(table)[1] != num_experts_per_token:
+            raise ValueError(
+                f"`table` must have shape (vocab, num_experts_per_token={num_experts_per_token}). "
+                f"Got {np.shape(table)}."
+            )
+        self.weight = gate_weight(
+            hidden_size, num_experts, dtype=floating_dtype("dtype", dtype), key=key
+        )
+        self.table = jnp.asarray(hash_tables.from_array(np.asarray(table), num_experts))
+        self.num_experts_per_token = num_experts_per_token
+        self.score_function = score_function
+        self.normalize = bool(normalize)
+        self.scaling_factor = float(scaling_factor)
+        self.temperature = float(temperature)
+
+    def select(
+        self,
+        scores: Float[Array, "*batch experts"],
+        logits: Float[Array, "*batch experts"],
+        input_ids: Integer[Array, "*batch"] | None,
+    ) -> tuple[Int[Array, "*batch experts_per_token"], Bool[Array, "*batch"]]:
+        """The table's rows at `input_ids`; the scores play no part."""
+        del logits
+        batch = scores.shape[:-1]
+        if input_ids is None:
+            raise ValueError(
+                "`input_ids` must be given to a `HashRouter`: it assigns experts by token id. "
+                "Got None."
+            )
+        dtype = jnp.result_type(input_ids)
+        if not jnp.issubdtype(dtype, jnp.integer):
+            raise TypeError(f"`input_ids` must have an integer dtype. Got {dtype}.")
+        if jnp.shape(input_ids) != batch:
+            raise ValueError(
+                f"`input_ids` must have the shape of `hidden_states` without its last axis, "
+                f"{batch}. Got {jnp.shape(input_ids)}."
+            )
+        if dtype.itemsize < 4:
+            # The vocabulary size itself may not fit the narrow type.
+            input_ids = input_ids.astype(jnp.int32)
+        # Compared in their own dtype: narrowing first would wrap large ids into range.
+        known = (input_ids >= 0) & (input_ids < self.table.shape[0])
+        rows = jnp.where(known, input_ids, 0).astype(jnp.int32)
+        return self.table.at[rows].get(mode="promise_in_bounds"), jnp.asarray(known)

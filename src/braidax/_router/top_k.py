@@ -1,0 +1,154 @@
+"""`TopKRouter`: the highest scores win, after a bias that only selection sees."""
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int, Integer, PRNGKeyArray, Real
+
+from .._balance import updated_bias
+from .._checks import floating_dtype, positive_integer, positive_number
+from .base import AbstractRouter, check_gate, gate_weight
+
+
+class TopKRouter(AbstractRouter):
+    """Selects the `num_experts_per_token` experts of highest `score + bias`.
+
+    The bias moves the selection only: weights are gathered from the unbiased scores, and no
+    gradient reaches it (`updated_bias` and `rebalance` move it instead). Equal scores are won by
+    the lower expert index. A token with a NaN score, or any NaN in the bias, gets NaN weights.
+
+    `score_correction_bias` is float32 whatever the dtype of the parameters: smaller formats lose
+    the small steps it is updated with. Known elsewhere as `gate.bias` or
+    `e_score_correction_bias`.
+
+    **Source:** DeepSeek-V3 (arXiv:2412.19437), section 2.1.2; the scores of DeepSeek-V4
+    (arXiv:2606.19348), section 2.1.
+    """
+
+    weight: Float[Array, "experts hidden"]
+    score_correction_bias: Float[Array, " experts"]
+    num_experts_per_token: int = eqx.field(static=True)
+    score_function: str = eqx.field(static=True)
+    normalize: bool = eqx.field(static=True)
+    scaling_factor: float = eqx.field(static=True)
+    num_groups: int = eqx.field(static=True)
+    num_selected_groups: int = eqx.field(static=True)
+    temperature: float = eqx.field(static=True)
+
+    untrained_fields: ClassVar[tuple[str, ...]] = ("score_correction_bias",)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_experts_per_token: int,
+        *,
+        score_function: str = "sqrtsoftplus",
+        normalize: bool = True,
+        scaling_factor: float | int = 1.0,
+        num_groups: int = 1,
+        num_selected_groups: int = 1,
+        temperature: float | int = 1.0,
+        dtype: DTypeLike = jnp.float32,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `hidden_size`, `num_experts`, `num_experts_per_token`: sizes.
+        - `score_function`: `"sqrtsoftplus"`, `"sigmoid"` or `"softmax"`.
+        - `normalize`: divide the selected scores by their sum (softmax scores are kept).
+        - `scaling_factor`: multiplies the weights, last.
+        - `num_groups`, `num_selected_groups`: selection limited to the groups of consecutive
+            experts with the highest sum of two best biased scores; 1 and 1 for no limit.
+        - `temperature`: divides the logits.
+        - `dtype`: of `weight`.
+        - `key`: for the initialisation of `weight`.
+
+        **Raises:** `ValueError` or `TypeError` naming the argument.
+        """
+        check_gate(hidden_size, num_experts, num_experts_per_token, score_function, scaling_factor)
+        _check_groups(num_experts, num_experts_per_token, num_groups, num_selected_groups)
+        self.weight = gate_weight(
+            hidden_size, num_experts, dtype=floating_dtype("dtype", dtype), key=key
+        )
+        self.score_correction_bias = jnp.zeros(num_experts, jnp.float32)
+        self.num_experts_per_token = num_experts_per_token
+        self.score_function = score_function
+        self.normalize = bool(normalize)
+        self.scaling_factor = float(scaling_factor)
+        self.num_groups = num_groups
+        self.num_selected_groups = num_selected_groups
+        self.temperature = positive_number("temperature", temperature)
+
+    def select(
+        self,
+        scores: Float[Array, "*batch experts"],
+        logits: Float[Array, "*batch experts"],
+        input_ids: Integer[Array, "*batch"] | None,
+    ) -> tuple[Int[Array, "*batch experts_per_token"], Bool[Array, "*batch"]]:
+        """Bias-corrected, group-limited top-k of `scores`; `input_ids` is ignored."""
+        del input_ids
+        scores, bias = jax.lax.stop_gradient((scores, self.score_correction_bias))
+        corrected = scores + jnp.broadcast_to(bias.astype(jnp.float32), scores.shape)
+        undefined = jnp.isnan(corrected)
+        # `lax.top_k` ranks NaN by its sign bit, which is arbitrary: pin the answer.
+        corrected = jnp.where(undefined, jnp.inf, corrected)
+        # A score underflows to 0 at a finite logit too; -inf must still lose against it.
+        corrected = jnp.where(jnp.isneginf(logits), -jnp.inf, corrected)
+        if self.num_selected_groups < self.num_groups:
+            corrected = _keep_best_groups(corrected, self.num_groups, self.num_selected_groups)
+        _, indices = jax.lax.top_k(corrected, self.num_experts_per_token)
+        return indices.astype(jnp.int32), ~undefined.any(axis=-1)
+
+    def rebalanced(
+        self, load: Int[Array, "*layers experts"], rate: Real[ArrayLike, ""]
+    ) -> "TopKRouter":
+        """The router whose bias made one `updated_bias` step against `load`."""
+        bias = updated_bias(self.score_correction_bias, load, rate)
+        return eqx.tree_at(lambda router: router.score_correction_bias, self, bias)
+
+
+def _keep_best_groups(
+    corrected: Float[Array, "*batch experts"], num_groups: int, num_selected: int
+) -> Float[Array, "*batch experts"]:
+    """Experts outside the selected groups become -inf: 0 would beat a negative biased score."""
+    grouped = corrected.reshape(*corrected.shape[:-1], num_groups, -1)
+    group_scores = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
+    # A rank comparison instead of a scatter: group i is kept when fewer than `num_selected`
+    # groups come before it, and equal groups are won by the lower index as in `top_k`.
+    ours, theirs = group_scores[..., :, None], group_scores[..., None, :]
+    lower_index = jnp.tri(num_groups, k=-1, dtype=bool)
+    before = (theirs > ours) | (
+        (theirs == ours) & jnp.broadcast_to(lower_index, theirs.shape[:-2] + lower_index.shape)
+    )
+    kept = before.sum(axis=-1) < num_selected
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(corrected.shape)
+
+
+def _check_groups(
+    num_experts: int, num_experts_per_token: int, num_groups: int, num_selected_groups: int
+) -> None:
+    positive_integer("num_groups", num_groups)
+    positive_integer("num_selected_groups", num_selected_groups)
+    if num_experts % num_groups != 0:
+        raise ValueError(
+            f"`num_groups` must divide `num_experts`. Got {num_groups} and {num_experts}."
+        )
+    if num_selected_groups > num_groups:
+        raise ValueError(
+            "`num_selected_groups` must be at most `num_groups`. "
+            f"Got {num_selected_groups} and {num_groups}."
+        )
+    group_size = num_experts // num_groups
+    if num_groups > 1 and group_size < 2:
+        raise ValueError(
+            "`num_groups` must leave at least 2 experts in a group, whose two best scores rank "
+            f"it. Got {num_groups} groups of {num_experts} experts."
+        )
+    if num_experts_per_token > num_selected_groups * group_size:
+        raise ValueError(
+            "`num_experts_per_token` must be at most the number of experts in the selected "
+            f"groups, {num_selected_groups} * {group_size}. Got {num_experts_per_token}."
+        )

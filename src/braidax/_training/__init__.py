@@ -1,0 +1,1 @@
+"""Training helpers that sit on top of the layer."""

@@ -1,0 +1,118 @@
+"""What the optimiser may change in a model, and the bias update that it must not make."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, ArrayLike, Int32, PyTree, Real
+
+from .._balance import count_assignments
+from .._router.base import AbstractRouter
+from .._routing import Routing
+
+
+def _is_router(node: Any) -> bool:
+    return isinstance(node, AbstractRouter)
+
+
+def _mask(tree: PyTree, rule: Callable[[Any], bool]) -> PyTree[bool]:
+    """`rule(leaf)` for every leaf of `tree`, and False in the routers' untrained fields."""
+    untrained = tree.untrained_fields if _is_router(tree) else ()
+
+    def visit(path: tuple, node: Any) -> PyTree[bool]:
+        if path and getattr(path[0], "name", None) in untrained:
+            return jax.tree.map(lambda _: False, node)
+        return _mask(node, rule) if _is_router(node) and node is not tree else rule(node)
+
+    # A router within a router is reached too: it is a leaf here and a tree in the inner call.
+    inner = lambda node: _is_router(node) and node is not tree  # noqa: E731
+    return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=inner)
+
+
+def trainable(model: PyTree) -> PyTree[bool]:
+    """A filter specification: True on every inexact array that a gradient may train.
+
+    False on each router's `untrained_fields` (the selection bias, the hash table) and on
+    everything that is not an inexact array. For `eqx.partition(model, trainable(model))`. Do not
+    hand it to `optax.masked` as it is: optax would call a mask that is a callable module. Use
+    `decay_mask` there.
+    """
+    return _mask(model, eqx.is_inexact_array)
+
+
+def decay_mask(params: PyTree) -> PyTree[bool]:
+    """The mask for weight decay, as in `optax.adamw(1e-3, mask=braidax.decay_mask)`.
+
+    Same structure as `params`, True everywhere except on the routers' `untrained_fields`, which
+    have zero gradient but would still decay. `params` may be the model itself,
+    `eqx.filter(model, eqx.is_inexact_array)`, or a tree that holds `optax.MaskedNode`s.
+    """
+    return _mask(params, lambda _: True)
+
+
+def _routers(model: PyTree) -> list[AbstractRouter]:
+    return [node for node in jax.tree.leaves(model, is_leaf=_is_router) if _is_router(node)]
+
+
+def _layer_loads(router: AbstractRouter, routing: Routing, position: int) -> Int32[Array, "..."]:
+    """The load that `router` is updated with: `(*layers, experts)`, layers from stacked weights."""
+    *layers, num_experts, _ = router.weight.shape
+    if routing.scores.shape[-1] != num_experts:
+        raise ValueError(
+            f"`routings[{position}]` must come from a router of {num_experts} experts. "
+            f"Got {routing.scores.shape[-1]} experts."
+        )
+    shape = routing.indices.shape
+    if len(shape) <= len(layers) or list(shape[: len(layers)]) != layers:
+        raise ValueError(
+            f"`routings[{position}].indices` must start with the layer axes {tuple(layers)} "
+            f"of its router. Got shape {shape}."
+        )
+
+    def count(indices: Array, mask: Array | None) -> Array:
+        return count_assignments(indices, mask, num_experts)
+
+    for _ in layers:
+        count = jax.vmap(count)
+    return count(routing.indices, routing.mask)
+
+
+def rebalance(
+    model: PyTree,
+    routings: Routing | Sequence[Routing],
+    rate: Real[ArrayLike, ""],
+    *,
+    where: Callable[[PyTree], Any] | None = None,
+) -> PyTree:
+    """A new model with the selection bias of every router moved towards balance by `rate`.
+
+    `routings` holds one `Routing` per router, in model order, routers without a bias included
+    (they stay as they are); a single `Routing` stands for a list of one.
+    `where(model) -> [routers]` names other routers or another order. A router stacked over layers
+    takes a `Routing` whose first axes are those layers; every other axis is summed. Source:
+    `updated_bias`.
+
+    Raises `ValueError` where the counts or the shapes of routers and routings differ, and
+    `TypeError` where `where` returns anything but routers.
+    """
+    routings = [routings] if isinstance(routings, Routing) else list(routings)
+
+    def find(tree: PyTree) -> list[Any]:
+        found = _routers(tree) if where is None else where(tree)
+        return [found] if _is_router(found) else list(found)
+
+    routers = find(model)
+    for router in routers:
+        if not _is_router(router):
+            raise TypeError(f"`where` must return routers. Got {type(router).__name__}.")
+    if len(routers) != len(routings):
+        raise ValueError(
+            "`routings` must hold one Routing per router of the model. "
+            f"Got {len(routings)} routings for {len(routers)} routers."
+        )
+    if not routers:
+        raise ValueError("`model` must hold at least one router. Got none.")
+    loads = [_layer_loads(*pair, i) for i, pair in enumerate(zip(routers, routings, strict=True))]
+    new = [router.rebalanced(load, rate) for router, load in zip(routers, loads, strict=True)]
+    return eqx.tree_at(find, model, new)

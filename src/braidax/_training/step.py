@@ -1,0 +1,95 @@
+"""One training step and the held-out pass: pure functions of state and windows."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from .._balance import expert_load, max_violation
+from .filters import decay_mask, rebalance, trainable
+from .language_model import LanguageModel
+from .settings import Settings
+
+
+class State(eqx.Module):
+    """What a step changes and a checkpoint holds."""
+
+    model: LanguageModel
+    optimizer_state: PyTree
+
+
+class StepMetrics(eqx.Module):
+    """Loss in nats per byte and, for each routed layer, MaxVio of this step's windows."""
+
+    loss: Float[Array, ""]
+    max_violation: Float[Array, " _"]
+
+
+def make_optimizer(settings: Settings) -> optax.GradientTransformation:
+    """AdamW under a warm-up and cosine schedule, gradients clipped to norm 1."""
+    warmup_steps = max(1, settings.steps // 10)
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=settings.learning_rate / warmup_steps,
+        peak_value=settings.learning_rate,
+        warmup_steps=warmup_steps,
+        decay_steps=max(settings.steps, warmup_steps + 1),
+        end_value=0.1 * settings.learning_rate,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, weight_decay=0.01, mask=decay_mask),
+    )
+
+
+def initial_state(settings: Settings, optimizer: optax.GradientTransformation) -> State:
+    """A model from `settings.seed` and its optimizer state."""
+    model = LanguageModel(settings, key=jax.random.key(settings.seed))
+    return State(model, optimizer.init(eqx.filter(model, trainable(model))))
+
+
+def next_byte_loss(
+    model: LanguageModel, windows: Int[Array, "batch _"]
+) -> tuple[Float[Array, ""], tuple]:
+    """Mean cross entropy in nats per byte, computed in float32, and the routings."""
+    logits, routings = model(windows[:, :-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), windows[:, 1:]
+    )
+    return jnp.mean(losses), routings
+
+
+def make_step(
+    optimizer: optax.GradientTransformation, balance_rate: float
+) -> Callable[..., tuple[State, StepMetrics]]:
+    """`step(windows, state) -> (state, metrics)`, compiled. The old state's memory is reused."""
+
+    @eqx.filter_jit(donate="all-except-first")
+    def step(windows, state):
+        spec = trainable(state.model)
+        trained, fixed = eqx.partition(state.model, spec)
+
+        def loss_of(trained):
+            return next_byte_loss(eqx.combine(trained, fixed), windows)
+
+        (loss, routings), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, trained)
+        model = eqx.combine(eqx.apply_updates(trained, updates), fixed)
+        if routings:
+            # After the optimizer and outside the gradient (Wang et al. 2024, arXiv:2408.15664).
+            model = rebalance(model, routings, balance_rate)
+        violations = jnp.array([max_violation(expert_load(routing)) for routing in routings])
+        return State(model, optimizer_state), StepMetrics(loss, violations)
+
+    return step
+
+
+@eqx.filter_jit
+def evaluate(
+    model: LanguageModel, windows: Int[Array, "batch _"]
+) -> tuple[Float[Array, ""], tuple[Int[Array, " experts"], ...]]:
+    """Mean loss of `windows` in nats per byte and the load of every routed layer."""
+    loss, routings = next_byte_loss(model, windows)
+    return loss, tuple(expert_load(routing) for routing in routings)

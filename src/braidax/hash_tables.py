@@ -1,0 +1,217 @@
+"""Hash tables: which experts a token id goes to, fixed before training.
+
+Hash layers are from Roller et al. 2021, "Hash Layers For Large Sparse Models" (arXiv 2106.04426).
+Every builder returns a numpy int32 array of shape (vocab, experts_per_token), the same on every
+host, platform and library version. Rows built here hold distinct experts. None of these rules is
+the recipe of a released table, which is unpublished: load a released table and pass it through
+`from_array`.
+"""
+
+import hashlib
+import operator
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from ._balanced_table import least_loaded, refine
+
+_MAX_POOL_ENTRIES = 2**20
+
+
+def md5(
+    vocab_size: int, num_experts: int, num_experts_per_token: int, *, salt: int = 0
+) -> npt.NDArray[np.int32]:
+    """Experts from the MD5 digest of (salt, token): the default table, `salt` = layer index.
+
+    With `n` the little-endian integer of `md5(struct.pack("<QQ", salt, token))` and
+    `pool = [0, ..., E - 1]`, slot `j` takes `n, r = divmod(n, E - j)`, then `pool[r]`, then
+    `pool[r] = pool[E - 1 - j]`. The rule is braidax's own, not that of any released table.
+    A row depends only on (salt, token, E, K), so a larger vocabulary extends a smaller one.
+
+    Returns int32 (vocab, experts_per_token), distinct within a row. Raises `ValueError` or
+    `TypeError` unless the sizes are integers of at least 1, K <= E and 0 <= salt < 2**64.
+    """
+    vocab, experts, slots, salt = _sizes(vocab_size, num_experts, num_experts_per_token, salt)
+    table = np.empty((vocab, slots), np.int32)
+    for start, stop in _chunks(vocab, experts):
+        digests = b"".join(
+            hashlib.md5(struct.pack("<QQ", salt, token), usedforsecurity=False).digest()
+            for token in range(start, stop)
+        )
+        limbs = np.frombuffer(digests, "<u4").reshape(-1, 4).astype(np.uint64)
+        remainders = np.empty((stop - start, slots), np.int64)
+        for slot in range(slots):
+            remainders[:, slot] = _divide_in_place(limbs, experts - slot)
+        table[start:stop] = _distinct_experts(remainders, experts)
+    return table
+
+
+def random(
+    vocab_size: int, num_experts: int, num_experts_per_token: int, *, salt: int = 0
+) -> npt.NDArray[np.int32]:
+    """Uniformly random distinct experts for every token, seeded by `salt`.
+
+    The "random hash" of Roller et al. 2021. The numbers are the raw 64-bit output of PCG64: numpy
+    guarantees the stream of a bit generator across versions, but not that of the `Generator`
+    methods. The modulo changes a probability by a relative E / 2**64 at most, which is below
+    2**-50 for fewer than 16,384 experts.
+
+    Returns int32 (vocab, experts_per_token), distinct within a row. Raises as `md5` does.
+    """
+    vocab, experts, slots, salt = _sizes(vocab_size, num_experts, num_experts_per_token, salt)
+    bits = np.random.PCG64(salt)
+    divisors = np.arange(experts, experts - slots, -1, dtype=np.uint64)
+    table = np.empty((vocab, slots), np.int32)
+    for start, stop in _chunks(vocab, experts):
+        raw = bits.random_raw((stop - start, slots))
+        table[start:stop] = _distinct_experts((raw % divisors).astype(np.int64), experts)
+    return table
+
+
+def round_robin(
+    vocab_size: int, num_experts: int, num_experts_per_token: int, *, salt: int = 0
+) -> npt.NDArray[np.int32]:
+    """Slot `j` of token `t` is `(t * K + j + salt) % E`: every expert gets as many token ids, +-1.
+
+    Returns int32 (vocab, experts_per_token), distinct within a row. Raises as `md5` does.
+    """
+    vocab, experts, slots, salt = _sizes(vocab_size, num_experts, num_experts_per_token, salt)
+    # The salt is reduced first: unsigned 64-bit salts do not fit the int64 sum.
+    flat = (np.arange(vocab * slots, dtype=np.int64) + salt % experts) % experts
+    return flat.astype(np.int32).reshape(vocab, slots)
+
+
+def balanced(
+    token_counts: npt.ArrayLike, num_experts: int, num_experts_per_token: int, *, salt: int = 0
+) -> npt.NDArray[np.int32]:
+    """Distinct experts for every token so that the experts see equally many tokens.
+
+    The "balanced hash" of Roller et al. 2021: tokens in descending count each take the K least
+    loaded experts, then exchanges between experts lower the largest load while it is more than
+    0.1 % above its lower bound (the mean, or what a few heavy tokens force). It is a heuristic:
+    within 1 % of that bound for the vocabularies of real models, byte vocabularies included, but
+    a few dozen tokens may end further off. Tokens of count 0 give every expert the same number of
+    ids, +-1. `salt` relabels the experts and reorders tokens of equal count; it never changes the
+    sorted loads.
+
+    `token_counts`: non-negative integers (vocab,), occurrences of each token id in the training
+    data, with a sum below 2**62.
+
+    Returns int32 (vocab, experts_per_token), distinct within a row. Raises `TypeError` for counts
+    that are not integers, `ValueError` for counts that are empty, negative, too large or not 1-D;
+    for the other arguments as `md5` does.
+    """
+    counts = _checked_counts(token_counts)
+    vocab, experts, slots, salt = _sizes(counts.size, num_experts, num_experts_per_token, salt)
+    bits = np.random.PCG64(salt)
+    labels = np.argsort(bits.random_raw(experts), kind="stable")
+    order = np.lexsort((bits.random_raw(vocab), -counts))
+    num_seen = np.count_nonzero(counts)
+    seen, unseen = counts[order[:num_seen]], np.ones(vocab - num_seen, np.int64)
+    rows = np.empty((vocab, slots), np.int32)
+    rows[:num_seen] = least_loaded(seen, experts, slots)
+    rows[num_seen:] = least_loaded(unseen, experts, slots)
+    refine(rows[:num_seen], seen, experts)
+    table = np.empty_like(rows)
+    table[order] = labels[rows]
+    return table
+
+
+def from_array(array: npt.ArrayLike, num_experts: int) -> npt.NDArray[np.int32]:
+    """A validated int32 copy of a given table (vocab, experts_per_token), e.g. a released one.
+
+    Any integer dtype is accepted. Duplicates within a row are too: their weights add up.
+
+    Raises `TypeError` if the dtype is not an integer one, `ValueError` if the array is not 2-D, is
+    empty, has more columns than experts, or has an entry outside [0, num_experts).
+    """
+    table = np.asarray(array)
+    if table.ndim != 2:
+        raise ValueError(f"`array` must have shape (vocab, experts_per_token). Got {table.shape}.")
+    if table.dtype.kind not in "iu":
+        raise TypeError(f"`array` must have an integer dtype. Got {table.dtype}.")
+    experts = _integer("num_experts", num_experts, 1, 2**31 - 1)
+    if table.size == 0 or table.shape[1] > experts:
+        raise ValueError(
+            f"`array` must have at least 1 row and between 1 and num_experts={experts} columns. "
+            f"Got shape {table.shape}."
+        )
+    outside = (table < 0) | (table >= experts)
+    if outside.any():
+        row, column = (int(axis) for axis in np.unravel_index(outside.argmax(), table.shape))
+        raise ValueError(
+            f"`array` must have entries in [0, num_experts={experts}). "
+            f"Got {table[row, column]} at row {row}, column {column}."
+        )
+    return table.astype(np.int32)
+
+
+def _integer(name: str, value: object, low: int, high: int) -> int:
+    try:
+        number = operator.index(value)  # ty: ignore[invalid-argument-type]
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an integer. Got {value!r}.")
+    if not low <= number <= high:
+        raise ValueError(f"`{name}` must be between {low} and {high}. Got {number}.")
+    return number
+
+
+def _sizes(
+    vocab_size: object, num_experts: object, num_experts_per_token: object, salt: object
+) -> tuple[int, int, int, int]:
+    vocab = _integer("vocab_size", vocab_size, 1, 2**31 - 1)
+    experts = _integer("num_experts", num_experts, 1, 2**31 - 1)
+    slots = _integer("num_experts_per_token", num_experts_per_token, 1, 2**31 - 1)
+    if slots > experts:
+        raise ValueError(
+            f"`num_experts_per_token` must be at most num_experts={experts}. Got {slots}."
+        )
+    return vocab, experts, slots, _integer("salt", salt, 0, 2**64 - 1)
+
+
+def _checked_counts(token_counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    counts = np.asarray(token_counts)
+    if counts.ndim != 1 or counts.size == 0:
+        raise ValueError(
+            f"`token_counts` must have shape (vocab,) with vocab >= 1. Got {counts.shape}."
+        )
+    if counts.dtype.kind not in "iu":
+        raise TypeError(f"`token_counts` must have an integer dtype. Got {counts.dtype}.")
+    if counts.min() < 0:
+        token = int((counts < 0).argmax())
+        raise ValueError(f"`token_counts` must be >= 0. Got {counts[token]} for token {token}.")
+    total = sum(counts.tolist())
+    if total >= 2**62:
+        raise ValueError(f"`token_counts` must sum to less than 2**62. Got {total}.")
+    return counts.astype(np.int64)
+
+
+def _chunks(vocab: int, experts: int) -> Iterator[tuple[int, int]]:
+    """Row ranges whose pools, (rows, experts), stay within a few MB."""
+    size = max(1, _MAX_POOL_ENTRIES // experts)
+    for start in range(0, vocab, size):
+        yield start, min(start + size, vocab)
+
+
+def _divide_in_place(limbs: npt.NDArray[np.uint64], divisor: int) -> npt.NDArray[np.uint64]:
+    """Divides 128-bit integers, as four little-endian 32-bit limbs; returns the remainders."""
+    remainder = np.zeros(len(limbs), np.uint64)
+    for limb in reversed(range(4)):
+        dividend = (remainder << np.uint64(32)) | limbs[:, limb]
+        limbs[:, limb], remainder = np.divmod(dividend, np.uint64(divisor))
+    return remainder
+
+
+def _distinct_experts(remainders: npt.NDArray[np.int64], experts: int) -> npt.NDArray[np.int32]:
+    """Partial Fisher-Yates, all rows at once; `remainders[:, j]` is in [0, experts - j)."""
+    pool = np.tile(np.arange(experts, dtype=np.int32), (len(remainders), 1))
+    rows = np.arange(len(remainders))
+    chosen = np.empty(remainders.shape, np.int32)
+    for slot, remainder in enumerate(remainders.T):
+        chosen[:, slot] = pool[rows, remainder]
+        pool[rows, remainder] = pool[:, experts - 1 - slot]
+    return chosen

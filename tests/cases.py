@@ -1,0 +1,86 @@
+"""Tables of what is tested: a new backend, router or shape is one more row."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, VOCAB = 12, 7, 5, 3, 20
+
+
+class BackendCase(NamedTuple):
+    """A backend and what it promises beyond the right numbers."""
+
+    name: str
+    isolates_expert_nan: bool  # NaN in one expert's weights stays with its tokens.
+    forward_mode: bool
+
+
+BACKENDS = [
+    BackendCase("blocks", isolates_expert_nan=True, forward_mode=False),
+    # On a CPU `ragged_dot` lowers to a masked product over all experts: 0 * NaN leaks.
+    BackendCase("ragged", isolates_expert_nan=False, forward_mode=False),
+    # Every expert computes every token: its backward pass multiplies by unused weights.
+    BackendCase("dense", isolates_expert_nan=False, forward_mode=True),
+]
+
+
+def random_indices(seed, tokens):
+    return np.random.default_rng(seed).integers(0, EXPERTS, (tokens, SLOTS)).astype(np.int32)
+
+
+# Assignments that a dispatch gets wrong first. Rows may name an expert twice.
+ASSIGNMENTS = {
+    "random": random_indices(0, 33),
+    "one token": random_indices(1, 1),
+    "all on one expert": np.full((17, SLOTS), 3, np.int32),
+    "first and last only": np.tile(np.array([0, EXPERTS - 1, 0], np.int32), (9, 1)),
+    "one expert unused": np.array([0, 1, 3, 4], np.int32)[random_indices(2, 25) % 4],
+    "many rows": random_indices(3, 300),
+}
+
+
+def make_router(bx, kind, key, **options):
+    """A router of each kind at the sizes above, with a bias that matters."""
+    if kind == "hash":
+        table = bx.hash_tables.md5(VOCAB, EXPERTS, SLOTS, salt=1)
+        return bx.HashRouter(HIDDEN, EXPERTS, SLOTS, table=table, key=key, **options)
+    router = bx.TopKRouter(HIDDEN, EXPERTS, SLOTS, key=key, **options)
+    bias = 0.1 * jax.random.normal(jax.random.key(9), (EXPERTS,))
+    return _replace_bias(router, bias)
+
+
+def _replace_bias(router, bias):
+    import equinox as eqx
+
+    return eqx.tree_at(lambda router: router.score_correction_bias, router, bias)
+
+
+def make_block(bx, kind, backend, key=None, **options):
+    """A `RoutedAndSharedMoE` with small clamped experts."""
+    keys = jax.random.split(jax.random.key(0) if key is None else key, 3)
+    router = make_router(bx, kind, keys[0], **{"scaling_factor": 1.5, **options})
+    experts = bx.SwiGLUExperts(EXPERTS, HIDDEN, INTERMEDIATE, limit=0.4, key=keys[1])
+    shared = bx.SwiGLU(HIDDEN, INTERMEDIATE, limit=0.4, key=keys[2])
+    return bx.RoutedAndSharedMoE(bx.RoutedMoE(router, experts, backend=backend), shared)
+
+
+def make_inputs(batch=(2, 6)):
+    """Hidden states that do reach the clamp, and ids within the vocabulary."""
+    hidden_states = 1.5 * jax.random.normal(jax.random.key(1), (*batch, HIDDEN))
+    input_ids = jax.random.randint(jax.random.key(2), batch, 0, VOCAB, dtype=jnp.int32)
+    return hidden_states, input_ids
+
+
+def as_float64(tree):
+    """The floating-point leaves of a module as float64 numpy, by field name."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def assert_close(actual, desired, tolerance=1e-5):
+    """Within `tolerance` of the largest entry: 1e-5 unless a comment at the call says why."""
+    actual, desired = np.asarray(actual, np.float64), np.asarray(desired, np.float64)
+    assert actual.shape == desired.shape
+    scale = max(1.0, float(np.abs(desired).max(initial=0.0)))
+    np.testing.assert_allclose(actual, desired, rtol=0, atol=tolerance * scale)

@@ -1,0 +1,297 @@
+"""`MoEConfig`: validation, the presets, Hugging Face configurations and `is_hash_layer`."""
+
+import dataclasses
+import inspect
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+# The main fields of the released configurations: `config.json` of DeepSeek-V3 and V4-Flash, and
+# the nested form of V4.1-Flash.
+V3_JSON = {
+    "model_type": "deepseek_v3",
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "vocab_size": 129280,
+}
+V4_FLASH_JSON = {
+    "model_type": "deepseek_v4",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 43,
+    "num_hash_layers": 3,
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "scoring_func": "sqrtsoftplus",
+    "swiglu_limit": 10.0,
+    "vocab_size": 129280,
+}
+V4_1_TEXT_JSON = {
+    "hidden_size": 5120,
+    "moe_intermediate_size": 2304,
+    "n_routed_experts": 384,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "scoring_func": "sqrtsoftplus",
+    "swiglu_limit": 10.0,
+    "vocab_size": 129280,
+}
+
+
+def make(**changes):
+    from braidax import MoEConfig
+
+    sizes = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 8, "num_experts_per_token": 2}
+    return MoEConfig(**{**sizes, **changes})
+
+
+def make_unhooked(**changes):
+    """Without jaxtyping's check of the annotations, as users run it: our own messages."""
+    from braidax import MoEConfig
+
+    config = object.__new__(MoEConfig)
+    sizes = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 8, "num_experts_per_token": 2}
+    inspect.unwrap(MoEConfig.__init__)(config, **{**sizes, **changes})
+    return config
+
+
+def from_hf(source):
+    from braidax import MoEConfig
+
+    return MoEConfig.from_hf(source)
+
+
+def test_defaults():
+    assert dataclasses.astuple(make()) == (
+        *(8, 4, 8, 2, None, 1, "sqrtsoftplus", True, 1.0),
+        *(1, 1, 0, None, None, 1.0),
+    )
+
+
+def test_config_is_frozen_and_hashable():
+    config = make()
+    assert hash(config) == hash(make())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_experts = 3
+
+
+def test_shared_limit_follows_unless_given():
+    assert make(swiglu_limit=10.0).shared_swiglu_limit == 10.0
+    assert make(swiglu_limit=10.0, shared_swiglu_limit=None).shared_swiglu_limit is None
+    assert make(swiglu_limit=None, shared_swiglu_limit=7.0).shared_swiglu_limit == 7.0
+
+
+def test_numbers_become_python_numbers():
+    config = make_unhooked(num_experts=np.int64(16), scaling_factor=2, swiglu_limit=10)
+    assert type(config.num_experts) is int
+    assert [type(config.scaling_factor), type(config.swiglu_limit)] == [float, float]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *[(name, 0) for name in ("hidden_size", "intermediate_size", "num_experts")],
+        *[(name, -1) for name in ("num_experts_per_token", "num_shared_experts", "vocab_size")],
+        *[(name, 0) for name in ("num_groups", "num_selected_groups")],
+        ("num_hash_layers", -1),
+        *[("scaling_factor", value) for value in (0.0, -1.0, math.nan, math.inf)],
+        *[("temperature", value) for value in (0.0, -1.0, math.nan, math.inf)],
+        *[("swiglu_limit", value) for value in (0.0, -1.0, math.nan, math.inf)],
+        ("shared_swiglu_limit", 0.0),
+        ("score_function", "relu"),
+        ("num_experts_per_token", 9),
+        ("num_groups", 3),  # does not divide 8
+        ("num_groups", 8),  # groups of one expert
+        ("num_selected_groups", 2),  # of one group
+    ],
+)
+def test_value_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must .*Got "):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "2"])
+@pytest.mark.parametrize("name", ["num_experts", "num_hash_layers", "vocab_size", "num_groups"])
+def test_only_integers_are_counts(name, value):
+    with pytest.raises(TypeError, match=f"`{name}` must be an integer"):
+        make_unhooked(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["scaling_factor", "swiglu_limit", "temperature"])
+@pytest.mark.parametrize("value", [True, "1"])
+def test_only_numbers_are_factors(name, value):
+    with pytest.raises(TypeError, match=f"`{name}` must be a number"):
+        make_unhooked(**{name: value})
+
+
+def test_normalize_is_a_bool():
+    with pytest.raises(TypeError, match="`normalize` must be a bool"):
+        make_unhooked(normalize=1)
+
+
+def test_hash_layers_need_a_vocabulary():
+    with pytest.raises(ValueError, match="`vocab_size` must be given"):
+        make(num_hash_layers=1)
+    assert make(num_hash_layers=1, vocab_size=5).vocab_size == 5
+
+
+def test_experts_per_token_fit_in_the_selected_groups():
+    assert make(num_groups=4, num_selected_groups=2, num_experts_per_token=4)
+    with pytest.raises(ValueError, match="`num_experts_per_token` must fit in the selected groups"):
+        make(num_groups=4, num_selected_groups=2, num_experts_per_token=5)
+
+
+def test_every_score_function_is_known():
+    from braidax._config import KNOWN_SCORE_FUNCTIONS
+    from braidax._scoring import SCORE_FUNCTIONS
+
+    assert set(KNOWN_SCORE_FUNCTIONS) == set(SCORE_FUNCTIONS)
+    for name in KNOWN_SCORE_FUNCTIONS:
+        assert make(score_function=name).score_function == name
+
+
+def test_presets_equal_the_released_configurations():
+    from braidax import MoEConfig
+
+    pro = V4_FLASH_JSON | {
+        "hidden_size": 7168,
+        "moe_intermediate_size": 3072,
+        "n_routed_experts": 384,
+        "routed_scaling_factor": 2.5,
+    }
+    assert from_hf(V3_JSON) == MoEConfig.deepseek_v3()
+    assert from_hf(V4_FLASH_JSON) == MoEConfig.deepseek_v4_flash()
+    assert from_hf(pro) == MoEConfig.deepseek_v4_pro()
+    nested = {"model_type": "deepseek_v41", "text_config": V4_1_TEXT_JSON}
+    assert from_hf(nested) == MoEConfig.deepseek_v4_1_flash()
+    assert MoEConfig.tiny().num_hash_layers == 2
+
+
+def test_reads_a_file_or_its_folder(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(V4_FLASH_JSON))
+    assert from_hf(path) == from_hf(str(tmp_path)) == from_hf(V4_FLASH_JSON)
+
+
+@pytest.mark.parametrize("spelling", ["n_routed_experts", "num_local_experts", "num_experts"])
+def test_spellings_of_num_experts(spelling):
+    config = {key: value for key, value in V4_FLASH_JSON.items() if key != "n_routed_experts"}
+    assert from_hf({**config, spelling: 256}) == from_hf(V4_FLASH_JSON)
+
+
+def test_agreeing_spellings_are_fine_and_conflicting_ones_are_not():
+    assert from_hf({**V4_FLASH_JSON, "num_local_experts": 256}).num_experts == 256
+    match = "`n_routed_experts` = 256, `num_local_experts` = 128"
+    with pytest.raises(ValueError, match=match):
+        from_hf({**V4_FLASH_JSON, "num_local_experts": 128})
+
+
+def test_mlp_layer_types_count_as_hash_layers():
+    config = {**V4_FLASH_JSON, "num_hash_layers": None}
+    assert from_hf({**config, "mlp_layer_types": ["hash_moe", "hash_moe", "moe"]}) == (
+        dataclasses.replace(from_hf(V4_FLASH_JSON), num_hash_layers=2)
+    )
+    assert from_hf({**config, "mlp_layer_types": ["moe"]}).num_hash_layers == 0
+    assert from_hf(config).num_hash_layers == 0
+    with pytest.raises(ValueError, match="`mlp_layer_types` must list every hash_moe layer before"):
+        from_hf({**config, "mlp_layer_types": ["hash_moe", "moe", "hash_moe"]})
+    with pytest.raises(ValueError, match="`num_hash_layers` = 3, `mlp_layer_types` = 1"):
+        from_hf({**V4_FLASH_JSON, "mlp_layer_types": ["hash_moe", "moe"]})
+
+
+@pytest.mark.parametrize("limit", [None, 0, 0.0, -1.0])
+def test_no_positive_limit_is_no_clamp(limit):
+    config = from_hf({**V4_FLASH_JSON, "swiglu_limit": limit})
+    assert config.swiglu_limit is None and config.shared_swiglu_limit is None
+
+
+def test_null_groups_are_one_group_and_gate_temp_is_the_temperature():
+    config = from_hf({**V4_FLASH_JSON, "n_group": None, "topk_group": None, "gate_temp": 0.5})
+    assert (config.num_groups, config.num_selected_groups, config.temperature) == (1, 1, 0.5)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"]
+    + ["scoring_func", "vocab_size"],
+)
+def test_missing_key_is_named(key):
+    config = {name: value for name, value in V4_FLASH_JSON.items() if name != key}
+    with pytest.raises(ValueError, match=f"`{key}`"):
+        from_hf(config)
+
+
+@pytest.mark.parametrize(
+    "key, value, named",
+    [
+        ("scoring_func", "relu", "score_function"),
+        ("topk_method", "group_limited_greedy", "topk_method"),
+        ("hidden_act", "gelu", "hidden_act"),
+        ("num_experts_per_tok", True, "num_experts_per_token"),
+        ("mlp_layer_types", "hash_moe", "mlp_layer_types"),
+        ("swiglu_limit", math.nan, "swiglu_limit"),
+        ("n_shared_experts", -1, "num_shared_experts"),
+    ],
+)
+def test_unsupported_value_is_named(key, value, named):
+    with pytest.raises(ValueError, match=f"^config: `{named}` must "):
+        from_hf({**V4_FLASH_JSON, key: value})
+
+
+def test_bad_files_name_the_path(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        from_hf(tmp_path)
+    for text, message in [("{", "not valid JSON"), ("[1]", "JSON object"), ("{}", "`hidden_size`")]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+            from_hf(path)
+
+
+def test_is_hash_layer():
+    from braidax import MoEConfig, is_hash_layer
+
+    config = MoEConfig.deepseek_v4_flash()
+    assert [is_hash_layer(config, layer) for layer in range(5)] == [True] * 3 + [False] * 2
+    assert not is_hash_layer(MoEConfig.deepseek_v3(), 0)
+
+
+@pytest.mark.parametrize("layer_idx", [True, 1.0, None, np.int32(1)])
+def test_layer_idx_is_a_python_int(layer_idx):
+    from braidax import MoEConfig, is_hash_layer
+
+    unchecked = inspect.unwrap(is_hash_layer)  # our own message, without jaxtyping's before it
+    with pytest.raises(TypeError, match="`layer_idx` must be static"):
+        unchecked(MoEConfig.tiny(), layer_idx)
+
+
+def test_layer_idx_is_not_traced_or_negative():
+    from braidax import MoEConfig, is_hash_layer
+
+    unchecked = inspect.unwrap(is_hash_layer)
+    with pytest.raises(TypeError, match="`layer_idx` must be static"):
+        jax.jit(lambda layer_idx: unchecked(MoEConfig.tiny(), layer_idx))(0)
+    with pytest.raises(ValueError, match="`layer_idx` must be at least 0. Got -1"):
+        is_hash_layer(MoEConfig.tiny(), -1)

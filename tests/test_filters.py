@@ -1,0 +1,234 @@
+"""What an optimiser may touch, and the bias update over whole models."""
+
+import inspect
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import braidax as bx
+
+HIDDEN, EXPERTS, CHOSEN, VOCAB = 8, 4, 2, 11
+
+
+def top_k_router(seed):
+    router = bx.TopKRouter(HIDDEN, EXPERTS, CHOSEN, key=jax.random.key(seed))
+    bias = jnp.asarray([1.0, -1.0, 0.5, 0.25], jnp.float32)
+    return eqx.tree_at(lambda r: r.score_correction_bias, router, bias)
+
+
+def hash_router(seed):
+    table = np.stack([np.arange(VOCAB) % EXPERTS, (np.arange(VOCAB) + 1) % EXPERTS], axis=1)
+    return bx.HashRouter(
+        HIDDEN, EXPERTS, CHOSEN, table=table.astype(np.int32), key=jax.random.key(seed)
+    )
+
+
+class Model(eqx.Module):
+    """A hash layer and two top-k layers, each with a projection; callable, as models are."""
+
+    routers: list
+    projections: list
+    activation: object
+
+    def __init__(self):
+        self.routers = [hash_router(0), top_k_router(1), top_k_router(2)]
+        keys = jax.random.split(jax.random.key(3), 3)
+        self.projections = [eqx.nn.Linear(HIDDEN, HIDDEN, key=k) for k in keys]
+        self.activation = jax.nn.silu
+
+    def __call__(self, hidden_states, input_ids):
+        routings = []
+        for router, project in zip(self.routers, self.projections, strict=True):
+            routing = router(hidden_states, input_ids)
+            scale = jnp.sum(routing.weights * jnp.arange(1.0, CHOSEN + 1)[None, :], axis=-1)
+            hidden_states = hidden_states + scale[..., None] * jax.vmap(project)(hidden_states)
+            routings.append(routing)
+        return self.activation(hidden_states), routings
+
+
+def inputs(tokens=6):
+    hidden_states = jax.random.normal(jax.random.key(9), (tokens, HIDDEN))
+    return hidden_states, jnp.arange(tokens, dtype=jnp.int32)
+
+
+def bits(model):
+    return [
+        np.asarray(model.routers[0].table).tobytes(),
+        *(np.asarray(r.score_correction_bias).tobytes() for r in model.routers[1:]),
+    ]
+
+
+# --- masks ------------------------------------------------------------------------------------
+
+
+def test_trainable_is_false_on_bias_table_and_functions():
+    model = Model()
+    spec = bx.trainable(model)
+    assert jax.tree.structure(spec) == jax.tree.structure(jax.tree.map(lambda _: 0, model))
+    assert spec.routers[0].weight is True and spec.routers[0].table is False
+    assert spec.routers[1].weight is True and spec.routers[1].score_correction_bias is False
+    assert spec.projections[0].weight is True and spec.activation is False
+    params, static = eqx.partition(model, spec)
+    assert params.routers[1].score_correction_bias is None and params.routers[0].table is None
+    assert eqx.tree_equal(eqx.combine(params, static), model)
+
+
+def test_a_router_alone_and_a_tree_without_routers():
+    assert bx.trainable(top_k_router(0)).score_correction_bias is False
+    assert bx.trainable({"score_correction_bias": jnp.ones(2), "count": 3}) == {
+        "score_correction_bias": True,
+        "count": False,
+    }
+
+
+def test_decay_mask_keeps_the_structure_of_params():
+    model = Model()
+    for params in (
+        model,
+        eqx.filter(model, eqx.is_inexact_array),
+        eqx.tree_at(lambda m: m.routers[1].weight, model, optax.MaskedNode()),
+    ):
+        mask = bx.decay_mask(params)
+        assert jax.tree.structure(mask) == jax.tree.structure(params)
+        assert mask.routers[1].score_correction_bias is False
+        assert mask.routers[2].weight is True and mask.projections[0].bias is True
+    assert bx.decay_mask(model).routers[0].table is False
+
+
+OPTIMISERS = {
+    "adamw": optax.adamw(1e-1, weight_decay=0.1, mask=bx.decay_mask),
+    "lion": optax.lion(1e-1, weight_decay=0.1, mask=bx.decay_mask),
+    "momentum": optax.sgd(1e-1, momentum=0.9),
+    "clip": optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(1e-1, weight_decay=0.1, mask=bx.decay_mask)
+    ),
+    # Here the mask meets params that already hold MaskedNode.
+    "nested": optax.masked(optax.adamw(1e-1, weight_decay=0.1, mask=bx.decay_mask), bx.decay_mask),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "partition"), [*((name, "inexact") for name in OPTIMISERS), ("adamw", "trainable")]
+)
+def test_ten_steps_leave_bias_and_table_bit_for_bit(name, partition):
+    model, optimiser = Model(), OPTIMISERS[name]
+    before = bits(model)
+    spec = eqx.is_inexact_array if partition == "inexact" else bx.trainable(model)
+    params, static = eqx.partition(model, spec)
+    state = optimiser.init(params)
+
+    @eqx.filter_jit
+    def step(params, state):
+        def loss(params):
+            output, routings = eqx.combine(params, static)(*inputs())
+            return jnp.mean(output**2) + bx.sequence_balance_loss(routings[1])
+
+        updates, state = optimiser.update(eqx.filter_grad(loss)(params), state, params)
+        return eqx.apply_updates(params, updates), state
+
+    for _ in range(10):
+        params, state = step(params, state)
+    trained = eqx.combine(params, static)
+    assert bits(trained) == before
+    for old, new in zip(model.routers, trained.routers, strict=True):
+        assert not np.array_equal(old.weight, new.weight)
+
+
+# --- rebalance --------------------------------------------------------------------------------
+
+
+def test_rebalance_updates_every_bias_in_model_order():
+    model = Model()
+    _, routings = model(*inputs())
+    new = bx.rebalance(model, routings, 0.01)
+    for old_router, new_router, routing in zip(
+        model.routers[1:], new.routers[1:], routings[1:], strict=True
+    ):
+        load = np.bincount(np.asarray(routing.indices).reshape(-1), minlength=EXPERTS)
+        expected = np.asarray(old_router.score_correction_bias) + np.float32(0.01) * np.sign(
+            load.mean() - load
+        ).astype(np.float32)
+        np.testing.assert_array_equal(new_router.score_correction_bias, expected)
+    same = eqx.tree_at(
+        lambda m: [r.score_correction_bias for r in m.routers[1:]],
+        new,
+        [r.score_correction_bias for r in model.routers[1:]],
+    )
+    assert eqx.tree_equal(same, model)
+
+
+def test_rebalance_one_router_in_jit_with_a_traced_rate():
+    router = top_k_router(0)
+    routing = router(inputs()[0])
+    expected = bx.rebalance(router, routing, 0.5)
+    jitted = eqx.filter_jit(bx.rebalance)(router, routing, jnp.float32(0.5))
+    assert eqx.tree_equal(jitted, expected)
+    assert not eqx.tree_equal(expected, router)
+
+
+def test_where_chooses_routers_and_their_order():
+    model = Model()
+    _, routings = model(*inputs())
+    full = bx.rebalance(model, routings, 0.01)
+    swapped = bx.rebalance(
+        model,
+        [routings[2], routings[1]],
+        0.01,
+        where=lambda m: [m.routers[2], m.routers[1]],
+    )
+    assert eqx.tree_equal(swapped, full)
+    one = bx.rebalance(model, routings[2], 0.01, where=lambda m: m.routers[2])
+    assert eqx.tree_equal(one.routers[2], full.routers[2])
+    assert eqx.tree_equal(one.routers[1], model.routers[1])
+
+
+def test_stacked_layers_are_balanced_one_by_one():
+    keys = jax.random.split(jax.random.key(0), 3)
+    stacked = eqx.filter_vmap(lambda k: bx.TopKRouter(HIDDEN, EXPERTS, CHOSEN, key=k))(keys)
+    hidden_states, _ = inputs()
+    mask = jnp.arange(6) < 5
+
+    def body(_, router):
+        return None, router(hidden_states, mask=mask)
+
+    _, routing = jax.lax.scan(body, None, stacked)
+    new = bx.rebalance(stacked, routing, 0.25)
+    assert new.score_correction_bias.shape == (3, EXPERTS)
+    for layer in range(3):
+        load = np.bincount(np.asarray(routing.indices)[layer, :5].reshape(-1), minlength=EXPERTS)
+        expected = 0.25 * np.sign(load.mean() - load)
+        np.testing.assert_array_equal(new.score_correction_bias[layer], expected)
+    with pytest.raises(ValueError, match=r"layer axes \(3,\).*Got shape \(6, 2\)"):
+        bx.rebalance(stacked, jax.tree.map(lambda a: a[0], routing), 0.25)
+
+
+def test_rebalance_pulls_a_collapsed_router_towards_balance():
+    router = eqx.tree_at(
+        lambda r: r.score_correction_bias, top_k_router(1), jnp.asarray([3.0, 3.0, 0.0, 0.0])
+    )
+    hidden_states = jax.random.normal(jax.random.key(4), (64, HIDDEN))
+    before = float(bx.max_violation(bx.expert_load(router(hidden_states))))
+    for _ in range(100):
+        router = bx.rebalance(router, router(hidden_states), 0.05)
+    assert before == 1.0
+    assert float(bx.max_violation(bx.expert_load(router(hidden_states)))) < 0.3
+
+
+def test_mistakes_are_named():
+    model = Model()
+    _, routings = model(*inputs())
+    with pytest.raises(ValueError, match="Got 2 routings for 3 routers"):
+        bx.rebalance(model, routings[:2], 0.01)
+    with pytest.raises(TypeError, match="`where` must return routers. Got Linear"):
+        bx.rebalance(model, routings[:1], 0.01, where=lambda m: [m.projections[0]])
+    with pytest.raises(ValueError, match="at least one router"):
+        bx.rebalance(model.projections, [], 0.01)
+    other = bx.TopKRouter(HIDDEN, EXPERTS + 1, CHOSEN, key=jax.random.key(0))(inputs()[0])
+    with pytest.raises(ValueError, match=r"`routings\[2\]`.*4 experts. Got 5"):
+        bx.rebalance(model, [*routings[:2], other], 0.01)
+    with pytest.raises(ValueError, match="`rate` must be finite. Got nan"):
+        inspect.unwrap(bx.rebalance)(model, routings, float("nan"))

@@ -1,0 +1,287 @@
+"""The block against the oracle: values, gradients, and who may touch whom."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import (
+    ASSIGNMENTS,
+    BACKENDS,
+    EXPERTS,
+    HIDDEN,
+    INTERMEDIATE,
+    SLOTS,
+    assert_close,
+    make_block,
+    make_inputs,
+)
+
+import braidax as bx
+
+LIMIT = 0.4
+BACKEND_NAMES = [case.name for case in BACKENDS]
+every_backend = pytest.mark.parametrize("backend", BACKEND_NAMES)
+
+
+def replay(indices, weights, mask=None):
+    """A routing that says exactly this."""
+    scores = jnp.zeros((*indices.shape[:-1], EXPERTS))
+    return bx.Routing(
+        jnp.asarray(indices), jnp.asarray(weights), scores, scores, mask, jnp.zeros((), jnp.int32)
+    )
+
+
+@eqx.filter_jit
+def output_and_vjp(block, tokens, routing, cotangent):
+    def apply(tokens, weights, gate_up, down):
+        block_ = eqx.tree_at(lambda b: (b.experts.gate_up, b.experts.down), block, (gate_up, down))
+        routing_ = eqx.tree_at(lambda r: r.weights, routing, weights)
+        return block_(tokens, routing=routing_)[0]
+
+    experts = block.experts
+    output, vjp = jax.vjp(apply, tokens, routing.weights, experts.gate_up, experts.down)
+    return output, *vjp(cotangent)
+
+
+def problem(indices, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = 1.5 * rng.normal(size=(len(indices), HIDDEN))
+    weights = rng.uniform(0.1, 1, indices.shape)
+    gate_up = 0.4 * rng.normal(size=(EXPERTS, 2 * INTERMEDIATE, HIDDEN))
+    down = 0.4 * rng.normal(size=(EXPERTS, INTERMEDIATE, HIDDEN))
+    cotangent = rng.normal(size=tokens.shape)
+    as_float32 = [a.astype(np.float32) for a in (tokens, weights, gate_up, down, cotangent)]
+    return [a.astype(np.float64) for a in as_float32]
+
+
+@every_backend
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_values_and_all_gradients_against_the_oracle(name, backend):
+    indices = ASSIGNMENTS[name]
+    tokens, weights, gate_up, down, cotangent = problem(indices)
+    experts = bx.SwiGLUExperts(EXPERTS, HIDDEN, INTERMEDIATE, limit=LIMIT, key=jax.random.key(0))
+    router = bx.TopKRouter(HIDDEN, EXPERTS, SLOTS, key=jax.random.key(0))
+    f32 = [jnp.asarray(a, jnp.float32) for a in (gate_up, down)]
+    experts = eqx.tree_at(lambda e: (e.gate_up, e.down), experts, tuple(f32))
+    block = bx.RoutedMoE(router, experts, backend=backend)
+    got = output_and_vjp(
+        block,
+        jnp.asarray(tokens, jnp.float32),
+        replay(indices, jnp.asarray(weights, jnp.float32)),
+        jnp.asarray(cotangent, jnp.float32),
+    )
+    want = oracle.block_and_gradients(tokens, indices, weights, gate_up, down, LIMIT, cotangent)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b)
+    unused = sorted(set(range(EXPERTS)) - set(indices.reshape(-1).tolist()))
+    for gradient in got[3:]:
+        assert not np.asarray(gradient)[unused].any()  # exactly 0, not only small
+
+
+@every_backend
+@pytest.mark.parametrize("kind", ["top_k", "hash"])
+def test_routed_and_shared_against_the_oracle(kind, backend):
+    block = make_block(bx, kind, backend)
+    hidden_states, input_ids = make_inputs()
+    output, routing = eqx.filter_jit(block)(hidden_states, input_ids)
+    tokens = np.asarray(hidden_states, np.float64).reshape(-1, HIDDEN)
+    weights = jax.tree.map(
+        lambda a: np.asarray(a, np.float64), (block.routed.experts, block.shared)
+    )
+    experts, shared = weights
+    want = oracle.routed(
+        tokens,
+        np.asarray(routing.indices).reshape(-1, SLOTS),
+        np.asarray(routing.weights, np.float64).reshape(-1, SLOTS),
+        experts.gate_up,
+        experts.down,
+        LIMIT,
+    )
+    want += [oracle.swiglu(token, shared.gate_up, shared.down, LIMIT) for token in tokens]
+    assert_close(output, want.reshape(output.shape))
+    assert output.dtype == hidden_states.dtype
+
+
+@every_backend
+def test_zero_tokens(backend):
+    block = make_block(bx, "top_k", backend)
+    hidden_states = jnp.zeros((0, HIDDEN))
+    output, routing = block(hidden_states)
+    assert output.shape == (0, HIDDEN)
+    assert bx.expert_load(routing).tolist() == [0] * EXPERTS
+    gradient = eqx.filter_grad(lambda b: jnp.sum(b(hidden_states)[0]))(block)
+    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
+
+
+@every_backend
+def test_one_expert_and_all_experts(backend):
+    hidden_states = jax.random.normal(jax.random.key(0), (5, HIDDEN))
+    for experts, slots in ((1, 1), (3, 3)):
+        router = bx.TopKRouter(HIDDEN, experts, slots, key=jax.random.key(1))
+        stack = bx.SwiGLUExperts(experts, HIDDEN, INTERMEDIATE, key=jax.random.key(2))
+        output, routing = bx.RoutedMoE(router, stack, backend=backend)(hidden_states)
+        want = oracle.routed(
+            np.asarray(hidden_states, np.float64),
+            np.asarray(routing.indices),
+            np.asarray(routing.weights, np.float64),
+            np.asarray(stack.gate_up, np.float64),
+            np.asarray(stack.down, np.float64),
+            None,
+        )
+        assert_close(output, want)
+
+
+@pytest.mark.parametrize("backend", ["blocks", "ragged"])
+def test_a_nan_token_reaches_itself_and_its_experts_only(backend):
+    indices = np.array([[0, 1, 2], [0, 1, 0], [2, 3, 1], [3, 2, 3]], np.int32)
+    tokens, weights, *_, cotangent = (jnp.asarray(a, jnp.float32) for a in problem(indices))
+    block = make_block(bx, "top_k", backend).routed
+    routing = replay(indices, weights)
+    clean = output_and_vjp(block, tokens.at[1].set(0), routing, cotangent)
+    dirty = output_and_vjp(block, tokens.at[1].set(jnp.nan), routing, cotangent)
+    others = [0, 2, 3]
+    for k in (0, 1):  # output and gradient of the tokens, bit for bit
+        np.testing.assert_array_equal(np.asarray(dirty[k])[others], np.asarray(clean[k])[others])
+    assert np.isnan(np.asarray(dirty[0][1])).all()
+    for gradient in dirty[3:]:
+        assert np.isfinite(np.asarray(gradient)[[2, 3, 4]]).all()
+
+
+@pytest.mark.parametrize("case", BACKENDS, ids=BACKEND_NAMES)
+def test_a_nan_in_one_expert_reaches_its_tokens_only(case):
+    indices = np.array([[0, 1, 2], [0, 2, 0], [2, 3, 1], [3, 2, 3]], np.int32)
+    tokens, weights, *_, cotangent = (jnp.asarray(a, jnp.float32) for a in problem(indices))
+    block = make_block(bx, "top_k", case.name).routed
+    block = eqx.tree_at(
+        lambda b: b.experts.gate_up, block, block.experts.gate_up.at[1, 2, 3].set(jnp.nan)
+    )
+    got = output_and_vjp(block, tokens, replay(indices, weights), cotangent)
+    clean = all(np.isfinite(np.asarray(a)[[1, 3]]).all() for a in got[:3])
+    clean &= all(np.isfinite(np.asarray(a)[[0, 2, 3, 4]]).all() for a in got[3:])
+    assert clean == case.isolates_expert_nan
+    assert np.isnan(np.asarray(got[0])[[0, 2]]).any(axis=1).all()
+
+
+@every_backend
+def test_a_masked_token_reaches_nothing(backend):
+    block = make_block(bx, "hash", backend)
+    hidden_states, input_ids = make_inputs((6,))
+    mask = jnp.asarray([True, True, False, True, False, True])
+    dirty = hidden_states.at[2].set(jnp.nan).at[4].set(jnp.inf)
+
+    def loss(block, hidden_states, input_ids):
+        output, routing = block(hidden_states, input_ids, mask=mask)
+        return jnp.sum(jnp.sin(output)), (output, routing)
+
+    (_, (output, routing)), gradient = eqx.filter_value_and_grad(loss, has_aux=True)(
+        block, dirty, input_ids.at[2].set(-1)
+    )
+    token_gradient = jax.grad(lambda x: loss(block, x, input_ids)[0])(dirty)
+    kept = np.flatnonzero(np.asarray(mask))
+    alone, _ = block(hidden_states[kept], input_ids[kept])
+    assert_close(output[kept], alone)
+    assert not np.asarray(output)[[2, 4]].any() and not np.asarray(token_gradient)[[2, 4]].any()
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(gradient))
+    assert int(bx.expert_load(routing).sum()) == 4 * SLOTS
+
+
+def test_an_unknown_id_changes_no_other_token():
+    block = make_block(bx, "hash", "blocks")
+    hidden_states, input_ids = make_inputs((6,))
+    clean, _ = block(hidden_states, input_ids)
+    output, _ = block(hidden_states, input_ids.at[3].set(10_000))
+    assert np.isnan(np.asarray(output[3])).all()
+    others = [0, 1, 2, 4, 5]
+    # Different assignments share blocks with other rows, which must not show in a single bit.
+    np.testing.assert_array_equal(np.asarray(output)[others], np.asarray(clean)[others])
+
+
+def test_an_expert_named_twice_counts_twice():
+    tokens, weights, *_ = (jnp.asarray(a, jnp.float32) for a in problem(np.zeros((4, 2), np.int32)))
+    block = make_block(bx, "top_k", "blocks").routed
+    twice = replay(np.full((4, 2), 2, np.int32), weights)
+    once = replay(np.full((4, 1), 2, np.int32), weights.sum(axis=1, keepdims=True))
+    assert_close(block(tokens, routing=twice)[0], block(tokens, routing=once)[0])
+
+
+def test_permuting_tokens_and_splitting_batches_changes_nothing():
+    block = make_block(bx, "hash", "blocks")
+    hidden_states, input_ids = make_inputs((24,))
+    output, _ = block(hidden_states, input_ids)
+    order = np.random.default_rng(0).permutation(24)
+    shuffled, _ = block(hidden_states[order], input_ids[order])
+    assert_close(shuffled, output[order])
+    halves = [block(hidden_states[s], input_ids[s])[0] for s in (slice(0, 7), slice(7, 24))]
+    assert_close(jnp.concatenate(halves), output)
+
+
+def test_layer_zero_routes_by_id_alone_and_layer_three_by_hidden_state():
+    config = bx.MoEConfig(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, vocab_size=50, num_hash_layers=3)
+    hidden_states, input_ids = make_inputs()
+    other_states, other_ids = hidden_states[::-1] * 2, (input_ids + 7) % 50
+    for layer_idx, by_id in ((0, True), (1, True), (2, True), (3, False)):
+        block = bx.RoutedAndSharedMoE.from_config(config, layer_idx, key=jax.random.key(layer_idx))
+        indices = block(hidden_states, input_ids)[1].indices
+        same_ids = block(other_states, input_ids)[1].indices
+        same_states = block(hidden_states, other_ids)[1].indices
+        assert bool((indices == same_ids).all()) == by_id
+        assert bool((indices == same_states).all()) == (not by_id)
+        if by_id:
+            table = bx.hash_tables.md5(50, EXPERTS, SLOTS, salt=layer_idx)
+            np.testing.assert_array_equal(np.asarray(indices), table[np.asarray(input_ids)])
+
+
+@pytest.mark.parametrize("backend", ["blocks", "dense"])
+def test_bfloat16_is_rounded_once(backend):
+    block = make_block(bx, "top_k", backend)
+    block = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.ndim > 1 else a, block)
+    assert block.routed.router.score_correction_bias.dtype == jnp.float32
+    hidden_states = make_inputs()[0].astype(jnp.bfloat16)
+    output, routing = block(hidden_states)
+    assert output.dtype == jnp.bfloat16 and routing.weights.dtype == jnp.float32
+
+
+CALL_ERRORS = [
+    ("hash", (2, 6, HIDDEN), None, ValueError, "input_ids"),
+    ("hash", (2, 6, HIDDEN), jnp.zeros((1,), jnp.int32), ValueError, r"\(2, 6\)"),
+    ("hash", (2, 6, HIDDEN), jnp.zeros((6, 2), jnp.int32), ValueError, r"\(6, 2\)"),
+    ("hash", (2, 6, HIDDEN), jnp.zeros((12,), jnp.int32), ValueError, r"\(12,\)"),
+    ("hash", (2, 6, HIDDEN), jnp.zeros((2, 6)), TypeError, "integer"),
+    ("hash", (2, 6, HIDDEN), jnp.zeros((2, 6), bool), TypeError, "integer"),
+    ("top_k", (2, 6, HIDDEN + 1), None, ValueError, "hidden=12"),
+    ("top_k", (), None, ValueError, "hidden=12"),
+]
+
+
+@pytest.mark.parametrize("kind, shape, ids, error, text", CALL_ERRORS)
+def test_call_errors(kind, shape, ids, error, text, unchecked):
+    block = make_block(bx, kind, "blocks")
+    for call in (block, eqx.filter_jit(block)):
+        with pytest.raises(error, match=text):
+            call(jnp.zeros(shape), ids)
+
+
+def test_replay_errors(unchecked):
+    block = make_block(bx, "top_k", "blocks")
+    hidden_states, _ = make_inputs()
+    _, routing = block(hidden_states)
+    again, _ = block(hidden_states, routing=routing)
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(block(hidden_states)[0]))
+    with pytest.raises(ValueError, match="`mask`"):
+        block(hidden_states, mask=jnp.ones((2, 6), bool), routing=routing)
+    with pytest.raises(ValueError, match="`routing`"):
+        block(hidden_states[:1], routing=routing)
+
+
+def test_unknown_backend():
+    block = make_block(bx, "top_k", "blocks").routed
+    with pytest.raises(ValueError, match="blocks"):
+        bx.RoutedMoE(block.router, block.experts, backend="fast")
+
+
+def test_no_shared_expert_is_an_error():
+    config = bx.MoEConfig(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, num_shared_experts=0)
+    with pytest.raises(ValueError, match="num_shared_experts"):
+        bx.RoutedAndSharedMoE.from_config(config, 0, key=jax.random.key(0))

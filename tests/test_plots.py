@@ -1,0 +1,100 @@
+"""Plots: what is drawn, the wording, and no pyplot state."""
+
+import inspect
+import io
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import braidax as bx
+
+LOADS = np.array([[4, 4, 4, 4], [8, 8, 0, 0], [0, 0, 0, 0]])
+
+
+def png(ax):
+    buffer = io.BytesIO()
+    FigureCanvasAgg(ax.figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def one_routing(indices):
+    indices = jnp.asarray(indices, jnp.int32)
+    scores = jnp.ones((indices.shape[0], 4), jnp.float32)
+    weights = jnp.ones(indices.shape, jnp.float32)
+    return bx.Routing(
+        indices=indices,
+        weights=weights,
+        scores=scores,
+        logits=scores,
+        mask=None,
+        dropped=jnp.zeros((), jnp.int32),
+    )
+
+
+def test_load_is_drawn_relative_to_the_mean():
+    ax = bx.plot_load(LOADS, layer_names=["hash", "top-k", "idle"])
+    np.testing.assert_array_equal(
+        ax.images[0].get_array(), [[1, 1, 1, 1], [2, 2, 0, 0], [0, 0, 0, 0]]
+    )
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["hash", "top-k", "idle"]
+    assert "mean load" in ax.images[0].colorbar.ax.get_ylabel()
+    assert png(ax).startswith(b"\x89PNG")
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
+
+
+def test_load_of_routings():
+    routings = [one_routing([[0, 1], [2, 3]]), one_routing([[0, 1], [0, 1]])]
+    ax = bx.plot_load(routings)
+    np.testing.assert_array_equal(ax.images[0].get_array(), [[1, 1, 1, 1], [2, 2, 0, 0]])
+
+
+def test_many_layers_thin_out_their_names():
+    ax = bx.plot_load(np.ones((61, 384), int))
+    assert len(ax.get_yticks()) <= 32
+    assert png(ax)
+
+
+@pytest.mark.parametrize("layers", [1, 7, 8, 61])
+def test_balance_draws_a_line_per_layer_and_zero(layers):
+    values = jnp.ones((5, layers)) * jnp.arange(5.0)[:, None]
+    ax = bx.plot_balance(np.arange(5) * 10, values)
+    assert len(ax.lines) == layers + 1
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), np.arange(5))
+    np.testing.assert_array_equal(ax.lines[-1].get_ydata(), [0, 0])
+    assert (ax.get_legend() is not None) == (layers <= 7)
+    assert ax.get_ylim()[0] < 0  # the line at 0 is not on the frame
+    assert "MaxVio" in ax.get_ylabel() and png(ax)
+
+
+def test_given_axes_are_used_and_pyplot_is_not():
+    axes = Figure(layout="constrained").subplots(1, 2)
+    had_pyplot = "matplotlib.pyplot" in sys.modules
+    assert bx.plot_load(LOADS, ax=axes[0]) is axes[0]
+    assert bx.plot_balance([3], np.ones((1, 2)), ax=axes[1]) is axes[1]
+    assert png(axes[0])
+    assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
+
+
+def test_missing_matplotlib_is_explained(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "braidax\[plot\]"'):
+        bx.plot_load(LOADS)
+    with pytest.raises(ImportError, match=r'pip install "braidax\[plot\]"'):
+        bx.plot_balance([0], np.ones((1, 2)))
+
+
+def test_mistakes_are_named():
+    # Unwrapped: the message a user reads who runs no type checker.
+    plot_load, plot_balance = inspect.unwrap(bx.plot_load), inspect.unwrap(bx.plot_balance)
+    with pytest.raises(ValueError, match=r"`loads` must be a non-empty array.*\(4,\)"):
+        plot_load(LOADS[0])
+    with pytest.raises(ValueError, match="`loads` must be a non-empty"):
+        plot_load([])
+    with pytest.raises(ValueError, match="one name per layer. Got 1 for 3"):
+        plot_load(LOADS, layer_names=["only"])
+    with pytest.raises(ValueError, match="`steps` must be"):
+        plot_balance([0, 1], np.ones((3, 2)))

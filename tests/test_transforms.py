@@ -1,0 +1,216 @@
+"""vmap, grad, scan, checkpoint, jit and serialisation of the block, with either router."""
+
+import io
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close, make_block, make_inputs
+
+import braidax as bx
+
+every_kind = pytest.mark.parametrize("kind", ["top_k", "hash"])
+every_sorted_backend = pytest.mark.parametrize("backend", ["blocks", "ragged"])
+
+
+def loss(block, hidden_states, input_ids):
+    return jnp.sum(jnp.sin(block(hidden_states, input_ids)[0]))
+
+
+def assert_trees_close(actual, desired):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
+        assert_close(a, b)
+
+
+@pytest.fixture(scope="module", params=["top_k", "hash"])
+def oracle(request):
+    """The dense backend, one example at a time: outputs, weight gradients, input gradients."""
+    block = make_block(bx, request.param, "dense")
+    hidden_states, input_ids = make_inputs((3, 6))
+    gradient = eqx.filter_jit(eqx.filter_grad(loss))
+    input_gradient = eqx.filter_jit(jax.grad(loss, argnums=1))
+    examples = list(zip(hidden_states, input_ids, strict=True))
+    return (
+        request.param,
+        jnp.stack([block(x, ids)[0] for x, ids in examples]),
+        [gradient(block, x, ids) for x, ids in examples],
+        jnp.stack([input_gradient(block, x, ids) for x, ids in examples]),
+    )
+
+
+@every_sorted_backend
+def test_vmap_and_grad_either_way_round(oracle, backend):
+    kind, outputs, gradients, input_gradients = oracle
+    block = make_block(bx, kind, backend)
+    hidden_states, input_ids = make_inputs((3, 6))
+
+    assert_close(block(hidden_states, input_ids)[0], outputs)
+    assert_close(jax.vmap(block)(hidden_states, input_ids)[0], outputs)
+    assert_close(jax.vmap(jax.vmap(block))(hidden_states, input_ids)[0], outputs)
+
+    @eqx.filter_jit
+    def per_example(block, hidden_states, input_ids):
+        return jax.vmap(lambda x, ids: eqx.filter_grad(loss)(block, x, ids))(
+            hidden_states, input_ids
+        )
+
+    assert_trees_close(
+        per_example(block, hidden_states, input_ids),
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients),
+    )
+
+    @eqx.filter_jit
+    def grad_of_vmap(block, hidden_states):
+        def total(pair):
+            block, hidden_states = pair
+            return jnp.sum(jnp.sin(jax.vmap(block)(hidden_states, input_ids)[0]))
+
+        return eqx.filter_grad(total)((block, hidden_states))
+
+    block_gradient, hidden_gradient = grad_of_vmap(block, hidden_states)
+    summed = jax.tree.map(lambda *leaves: sum(leaves), *gradients)
+    assert_trees_close(block_gradient, summed)
+    assert_close(hidden_gradient, input_gradients)
+
+
+@every_sorted_backend
+def test_vmap_with_masks_of_different_lengths(backend):
+    """Padding leaves rows that belong to no group: they must not shift the other examples'."""
+    hidden_states, input_ids = make_inputs((3, 6))
+    mask = jnp.arange(6)[None] < jnp.asarray([6, 2, 0])[:, None]
+    block, dense = make_block(bx, "top_k", backend), make_block(bx, "top_k", "dense")
+    call = lambda b, x, i, m: b(x, i, mask=m)[0]  # noqa: E731
+    axes = (None, 0, 0, 0)
+    got = jax.vmap(call, in_axes=axes)(block, hidden_states, input_ids, mask)
+    assert_close(got, dense(hidden_states, input_ids, mask=mask)[0])
+
+    def gradient(block):
+        def one(x, ids, m):
+            return eqx.filter_grad(lambda b: jnp.sum(jnp.sin(call(b, x, ids, m))))(block)
+
+        return jax.vmap(one)(hidden_states, input_ids, mask)
+
+    assert_trees_close(gradient(block), gradient(dense))
+
+
+def test_ensemble_of_blocks():
+    """The weights mapped as well as the tokens, or the weights alone."""
+    keys = jax.random.split(jax.random.key(5), 3)
+    make = lambda key: make_block(bx, "top_k", "blocks", key)  # noqa: E731
+    blocks = [make(key) for key in keys]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    hidden_states, _ = make_inputs((3, 6))
+    mapped = eqx.filter_vmap(lambda block, x: block(x)[0])(stacked, hidden_states)
+    assert_close(mapped, jnp.stack([b(x)[0] for b, x in zip(blocks, hidden_states, strict=True)]))
+    alone = eqx.filter_vmap(lambda block: block(hidden_states[0])[0])(stacked)
+    assert_close(alone, jnp.stack([b(hidden_states[0])[0] for b in blocks]))
+
+
+@every_kind
+def test_scan_over_stacked_layers(kind):
+    blocks = [make_block(bx, kind, "blocks", key) for key in jax.random.split(jax.random.key(6), 3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    hidden_states, input_ids = make_inputs()
+
+    def by_scan(stacked, hidden_states):
+        def layer(x, block):
+            output, routing = block(x, input_ids)
+            return x + output, routing
+
+        return jax.lax.scan(layer, hidden_states, stacked)
+
+    def by_loop(stacked, hidden_states):
+        for i in range(3):
+            block = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+            hidden_states = hidden_states + block(hidden_states, input_ids)[0]
+        return hidden_states
+
+    output, routings = by_scan(stacked, hidden_states)
+    assert_close(output, by_loop(stacked, hidden_states))
+    assert routings.indices.shape == (3, *input_ids.shape, 3)
+    total = lambda run: eqx.filter_grad(lambda s: jnp.sum(jnp.sin(run(s, hidden_states))))  # noqa: E731
+    assert_trees_close(
+        eqx.filter_jit(total(lambda s, x: by_scan(s, x)[0]))(stacked),
+        eqx.filter_jit(total(by_loop))(stacked),
+    )
+
+
+@every_kind
+def test_checkpoint_gives_the_same_gradient(kind):
+    block = make_block(bx, kind, "blocks")
+    hidden_states, input_ids = make_inputs()
+    gradient = eqx.filter_jit(eqx.filter_grad(loss))(block, hidden_states, input_ids)
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def recomputed(block):
+        return eqx.filter_checkpoint(loss)(block, hidden_states, input_ids)
+
+    assert_trees_close(recomputed(block), gradient)
+
+
+def test_reverse_over_reverse():
+    hidden_states, input_ids = make_inputs((4,))
+
+    def curvature(backend):
+        block = make_block(bx, "top_k", backend)
+        inner = jax.grad(lambda x: loss(block, x, input_ids))
+        return jax.grad(lambda x: jnp.sum(inner(x) ** 2))(hidden_states)
+
+    assert_close(curvature("blocks"), curvature("dense"))
+
+
+def test_forward_mode_on_the_dense_backend():
+    block = make_block(bx, "top_k", "dense")
+    hidden_states, _ = make_inputs((4,))
+    tangent = jax.random.normal(jax.random.key(8), hidden_states.shape)
+    forward = jax.jvp(lambda x: block(x)[0], (hidden_states,), (tangent,))[1]
+    jacobian = jax.jacrev(lambda x: block(x)[0])(hidden_states)
+    assert_close(forward, jnp.tensordot(jacobian, tangent, axes=2))
+    with pytest.raises(TypeError, match="forward-mode"):
+        sorted_block = make_block(bx, "top_k", "blocks")
+        jax.jvp(lambda x: sorted_block(x)[0], (hidden_states,), (tangent,))
+
+
+@every_kind
+def test_filter_jit_compiles_once(kind):
+    block = make_block(bx, kind, "blocks")
+    hidden_states, input_ids = make_inputs()
+    traces = []
+
+    @eqx.filter_jit
+    def call(block, hidden_states, input_ids):
+        traces.append(None)
+        return block(hidden_states, input_ids)
+
+    call(block, hidden_states, input_ids)
+    call(jax.tree.map(lambda leaf: leaf, block), hidden_states + 1, input_ids)
+    assert len(traces) == 1
+
+
+@every_kind
+def test_serialisation_is_exact(kind):
+    block = make_block(bx, kind, "blocks")
+    other = make_block(bx, kind, "blocks", jax.random.key(77))
+    file = io.BytesIO()
+    eqx.tree_serialise_leaves(file, block)
+    file.seek(0)
+    loaded = eqx.tree_deserialise_leaves(file, other)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(block), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_the_default_backend_does_work_in_proportion_to_the_assignments():
+    """Rows and not experts x rows: the loop's trip count is the number of non-empty blocks."""
+    from braidax._experts.blocks import _plan, block_sizes
+
+    sizes = block_sizes(4096, 64)
+    everything_on_one = jnp.zeros(64, jnp.int32).at[7].set(4096)
+    spread = jnp.full(64, 64, jnp.int32)
+    assert sizes[-1] == 64
+    assert int(_plan(everything_on_one, 4096, 64).count) == 64
+    assert int(_plan(spread, 4096, 64).count) == 64
+    assert int(_plan(jnp.zeros(64, jnp.int32), 4096, 64).count) == 0
