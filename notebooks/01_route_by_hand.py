@@ -146,7 +146,8 @@ check("scores", scores, routing.scores)
 
 # %% [markdown]
 # **Select.** The bias is added, and the two highest sums win (`*`). The last column is the choice
-# without the bias: where it differs, the bias changed the selection.
+# without the bias, and `<` marks the tokens for which the bias changed the pair. The order within
+# a pair does not matter.
 
 
 # %%
@@ -332,10 +333,6 @@ for token_id, row in enumerate(hash_table):
     pool = list(range(experts))
     pool[j] = pool[-1]  # it leaves the pool; the last one takes its place
     assert list(row) == [j, pool[n % (experts - 1)]]  # the second: one of the 5 left
-table(
-    ["id", "word", "experts"],
-    [[i, vocabulary[i], pair(hash_table[i])] for i in range(len(vocabulary))],
-)
 
 hash_router = bx.HashRouter(
     hidden, experts, top_k, table=hash_table, scaling_factor=scaling_factor, key=keys[3]
@@ -347,6 +344,10 @@ hashed = hash_router(hidden_states, input_ids)
 hash_indices = hash_table[ids]
 hash_selected = np.take_along_axis(scores, hash_indices, axis=1)
 hash_weights = hash_selected / hash_selected.sum(axis=1, keepdims=True) * scaling_factor
+table(
+    ["id", "word", "experts"],
+    [[i, vocabulary[i], pair(hash_table[i])] for i in range(len(vocabulary))],
+)
 print()
 table(
     ["token", "id", "experts", "weight 1", "weight 2"],
@@ -462,6 +463,11 @@ sign = np.sign(load.mean() - load)
 new_bias = bias + rate * sign
 new_load = np.bincount(top_two(scores + new_bias).reshape(-1), minlength=experts)
 new_violation = new_load.max() / new_load.mean() - 1
+
+library_load = bx.expert_load(routing)
+library_bias = bx.updated_bias(router.score_correction_bias, library_load, rate)
+balanced = with_values(router, score_correction_bias=library_bias)
+
 table(
     ["expert", "load", "mean", "sign", "bias", "new bias", "new load"],
     [
@@ -472,9 +478,6 @@ table(
 print(f"\nMaxVio before: {load.max()} / {load.mean():.4f} - 1 = {max_violation:.4f}")
 print(f"MaxVio after:  {new_load.max()} / {new_load.mean():.4f} - 1 = {new_violation:.4f}\n")
 
-library_load = bx.expert_load(routing)
-library_bias = bx.updated_bias(router.score_correction_bias, library_load, rate)
-balanced = with_values(router, score_correction_bias=library_bias)
 check("load", load, library_load)
 check("max_violation", max_violation, bx.max_violation(library_load))
 check("updated_bias", new_bias, library_bias)
@@ -486,7 +489,7 @@ assert new_violation < max_violation
 #
 # * A router only answers *which experts, with what weight*. Top-k asks the hidden state, hash asks
 #   the id. Both take their weights from the same scores.
-# * The bias moves the selection and never the weights, so it balances the load without an
+# * The bias moves the selection and never enters the weights, so it balances the load without an
 #   extra loss.
 # * Dispatch is a sort, combine is a weighted sum. No token is dropped, and an expert without
 #   rows does no work.
