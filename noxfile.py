@@ -74,7 +74,7 @@ def notebooks(session: nox.Session) -> None:
     session.run("python", "notebooks/execute.py", *session.posargs)
 
 
-# virtualenv, so that pip installs torch from where this machine keeps it.
+# virtualenv, because pip and not uv is what knows where a local torch wheel lies.
 @nox.session(default=False, venv_backend="virtualenv")
 def parity(session: nox.Session) -> None:
     """Compare with other implementations."""

@@ -4,13 +4,8 @@ import os
 import numpy as np
 import pytest
 
-from braidax._training.corpus import (
-    CorpusError,
-    check_length,
-    held_out_windows,
-    read_corpus,
-    training_windows,
-)
+from braidax._training.corpus import CorpusError, check_length, read_corpus
+from braidax._training.windows import held_out_windows, training_windows
 
 
 def write_files(folder, contents):

@@ -6,11 +6,12 @@ import datetime
 import os
 import pathlib
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ._training.settings import Settings, UserError, flag
 
-_KINDS = {
+_KINDS: dict[Any, dict[str, Any]] = {
+    bool: {"action": "store_true"},
     int: {"type": int, "metavar": "N"},
     float: {"type": float, "metavar": "RATE"},
     str | None: {"type": str, "metavar": "PATH"},
@@ -29,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _add_train(commands)
     options = vars(parser.parse_args(arguments))
-    run, command_parser = options.pop("run"), options.pop("parser")
+    run = options.pop("run")
+    command_parser: _Parser = options.pop("parser")
     del options["command"]
     try:
         return run(options)
@@ -73,17 +75,13 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 def _add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     # Nothing is stored for an option that was not given: --resume has to know.
-    if field.type is bool:
-        kind = {"action": "store_true"}
-    else:
-        kind = _KINDS[field.type]
     default = "off" if field.default is False else field.default
     shown = "" if default is None else f" (default: {default})"
     parser.add_argument(
         flag(field.name),
         default=argparse.SUPPRESS,
         help=field.metadata["help"] + shown,
-        **kind,
+        **_KINDS[field.type],
     )
 
 

@@ -61,20 +61,22 @@ class HashRouter(AbstractRouter):
         checked, so it must be concrete: build the router outside of `jax.jit`.
         """
         check_gate(hidden_size, num_experts, num_experts_per_token, score_function, scaling_factor)
-        if isinstance(table, jax.core.Tracer):
+        try:
+            table = np.asarray(table)
+        except jax.errors.TracerArrayConversionError:
             raise TypeError(
                 "`table` must be a concrete array, because its content is checked. Got a traced "
                 "array: build the router outside of jit, vmap and scan."
-            )
-        if np.ndim(table) != 2 or np.shape(table)[1] != num_experts_per_token:
+            ) from None
+        if table.ndim != 2 or table.shape[1] != num_experts_per_token:
             raise ValueError(
                 f"`table` must have shape (vocab, num_experts_per_token={num_experts_per_token}). "
-                f"Got {np.shape(table)}."
+                f"Got {table.shape}."
             )
         self.weight = gate_weight(
             hidden_size, num_experts, dtype=floating_dtype("dtype", dtype), key=key
         )
-        self.table = jnp.asarray(hash_tables.from_array(np.asarray(table), num_experts))
+        self.table = jnp.asarray(hash_tables.from_array(table, num_experts))
         self.num_experts_per_token = num_experts_per_token
         self.score_function = score_function
         self.normalize = bool(normalize)

@@ -47,7 +47,8 @@ def read_header(folder: pathlib.Path) -> Header:
             record = json.loads(file.readline())
         if record.pop("format") != _FORMAT:
             raise ValueError("another format")
-        return Header(**{**record, "settings": Settings(**record["settings"])})
+        settings = Settings(**record["settings"])
+        return Header(settings, record["step"], record["corpus_sha256"])
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

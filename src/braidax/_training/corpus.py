@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 
 from .settings import UserError
 
@@ -125,36 +125,6 @@ def check_length(corpus: Corpus, length: int) -> None:
                 f"{corpus.source}: too short: the {part} part has {data.size} bytes,"
                 f" --length {length} needs at least {length + 1}"
             )
-
-
-def training_windows(
-    data: UInt8[np.ndarray, " _"], *, batch: int, length: int, seed: int, step: int
-) -> Int[np.ndarray, "batch {length}+1"]:
-    """Random windows of `length + 1` bytes: a pure function of `(seed, step)`.
-
-    A counter-based generator (Philox, Salmon et al. 2011) needs no state, so a resumed run sees
-    the windows that the uninterrupted run would have seen. `random_raw` is used because NumPy
-    keeps the raw stream the same for ever, and `Generator.integers` not.
-    """
-    generator = np.random.Philox(key=seed, counter=[0, 0, 0, step])
-    starts = generator.random_raw(batch) % np.uint64(data.size - length)
-    return _windows(data, starts.astype(np.int64), length)
-
-
-def held_out_windows(
-    data: UInt8[np.ndarray, " _"], *, count: int, length: int
-) -> Int[np.ndarray, "batch {length}+1"]:
-    """At most `count` fixed windows of `length + 1` bytes, disjoint and spread evenly."""
-    available = data.size // (length + 1)
-    count = min(count, available)
-    starts = np.arange(count, dtype=np.int64) * available // count * (length + 1)
-    return _windows(data, starts, length)
-
-
-def _windows(
-    data: UInt8[np.ndarray, " _"], starts: Int[np.ndarray, " batch"], length: int
-) -> Int[np.ndarray, "batch {length}+1"]:
-    return data[starts[:, None] + np.arange(length + 1)[None, :]].astype(np.int32)
 
 
 def _walk(root: pathlib.Path) -> Iterator[str]:

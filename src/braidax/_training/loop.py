@@ -8,12 +8,13 @@ import optax
 
 from . import checkpoint
 from .checkpoint import CheckpointError, Header
-from .corpus import Corpus, check_length, read_corpus, training_windows
+from .corpus import Corpus, check_length, read_corpus
 from .interrupt import StopRequest
 from .progress import Progress
 from .report import draw_balance, write_report
 from .settings import Settings
 from .step import State, initial_state, make_optimizer, make_step
+from .windows import training_windows
 
 
 def start(settings: Settings, folder: pathlib.Path) -> int:
@@ -68,7 +69,7 @@ def _train(
 ) -> int:
     begin = time.perf_counter()
     print(corpus.describe(), flush=True)
-    step = make_step(optimizer, settings.balance_rate)
+    step = make_step(settings, optimizer)
     with Progress(settings, folder, first_step) as progress, StopRequest() as request:
         for done in range(first_step + 1, settings.steps + 1):
             windows = training_windows(

@@ -14,12 +14,13 @@ import numpy as np
 from jaxtyping import Int
 
 from .._balance import dead_experts, load_entropy, max_violation
-from .corpus import Corpus, held_out_windows
+from .corpus import Corpus
 from .filters import trainable
 from .language_model import LanguageModel
 from .progress import format_layers, read_history
 from .settings import Settings
 from .step import evaluate
+from .windows import held_out_windows
 
 
 def write_report(
@@ -64,7 +65,9 @@ def draw_balance(folder: pathlib.Path, settings: Settings) -> str:
     layers = json.loads((folder / "report.json").read_text())["layers"]
     steps, violations = read_history(folder)
     figure = Figure(figsize=(8, 7), layout="constrained")
-    upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))
+    # Two figures in one: the legend of one must not squeeze the other.
+    grid = figure.add_gridspec(2, 1, height_ratios=(3, 2))
+    upper, lower = (figure.add_subfigure(grid[row, 0]).subplots() for row in (0, 1))
     names = list(settings.layer_names())
     plot_balance(steps, np.array(violations), ax=upper, layer_names=names)
     plot_load(np.array([layer["load"] for layer in layers]), ax=lower, layer_names=names)
@@ -81,9 +84,9 @@ def _held_out_pass(
     # Whole batches only, so that one compiled function serves all.
     batch = min(settings.batch, len(windows))
     batches = windows[: len(windows) // batch * batch].reshape(-1, batch, settings.length + 1)
-    losses, loads = [], [0] * len(settings.layer_names())
+    losses, loads = [], [np.zeros(settings.experts, np.int64) for _ in settings.layer_names()]
     for batch_windows in batches:
-        loss, batch_loads = evaluate(model, batch_windows)
+        loss, batch_loads = evaluate(model, jnp.asarray(batch_windows))
         losses.append(float(loss))
         loads = [total + np.asarray(load) for total, load in zip(loads, batch_loads, strict=True)]
     return math.fsum(losses) / len(losses) / math.log(2), batches[:, :, 1:].size, loads

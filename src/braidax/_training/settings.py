@@ -35,9 +35,10 @@ class Settings:
     )
     balance_rate: float = _option(
         0.01,
-        "step of the selection bias of every top-k router after each optimizer step; 0 turns"
-        " balancing off. DeepSeek-V4 uses 0.001, which suits long runs: a bias moves at most"
-        " rate x steps, so a few hundred steps need more",
+        "how far the selection bias of every top-k router moves after each optimizer step, at the"
+        " peak of the learning rate's schedule, which it follows; 0 turns balancing off."
+        " DeepSeek-V4 uses 0.001, which suits long runs: a bias moves at most rate x steps, so a"
+        " few hundred steps need more",
         0,
     )
     dense: bool = _option(

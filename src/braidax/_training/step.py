@@ -15,10 +15,11 @@ from .settings import Settings
 
 
 class State(eqx.Module):
-    """What a step changes and a checkpoint holds."""
+    """What a step changes and a checkpoint holds. `step` counts the steps done."""
 
     model: LanguageModel
     optimizer_state: PyTree
+    step: Int[Array, ""]
 
 
 class StepMetrics(eqx.Module):
@@ -28,16 +29,21 @@ class StepMetrics(eqx.Module):
     max_violation: Float[Array, " _"]
 
 
-def make_optimizer(settings: Settings) -> optax.GradientTransformation:
-    """AdamW under a warm-up and cosine schedule, gradients clipped to norm 1."""
+def make_schedule(settings: Settings, peak: float) -> optax.Schedule:
+    """Linear warm-up over a tenth of the steps, then a cosine from `peak` to a tenth of it."""
     warmup_steps = max(1, settings.steps // 10)
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=settings.learning_rate / warmup_steps,
-        peak_value=settings.learning_rate,
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / warmup_steps,
+        peak_value=peak,
         warmup_steps=warmup_steps,
         decay_steps=max(settings.steps, warmup_steps + 1),
-        end_value=0.1 * settings.learning_rate,
+        end_value=0.1 * peak,
     )
+
+
+def make_optimizer(settings: Settings) -> optax.GradientTransformation:
+    """AdamW under the schedule, gradients clipped to norm 1."""
+    schedule = make_schedule(settings, settings.learning_rate)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, weight_decay=0.01, mask=decay_mask),
@@ -47,7 +53,9 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
 def initial_state(settings: Settings, optimizer: optax.GradientTransformation) -> State:
     """A model from `settings.seed` and its optimizer state."""
     model = LanguageModel(settings, key=jax.random.key(settings.seed))
-    return State(model, optimizer.init(eqx.filter(model, trainable(model))))
+    return State(
+        model, optimizer.init(eqx.filter(model, trainable(model))), jnp.zeros((), jnp.int32)
+    )
 
 
 def next_byte_loss(
@@ -62,9 +70,10 @@ def next_byte_loss(
 
 
 def make_step(
-    optimizer: optax.GradientTransformation, balance_rate: float
+    settings: Settings, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[State, StepMetrics]]:
     """`step(windows, state) -> (state, metrics)`, compiled. The old state's memory is reused."""
+    balance_rate = make_schedule(settings, settings.balance_rate)
 
     @eqx.filter_jit(donate="all-except-first")
     def step(windows, state):
@@ -79,9 +88,9 @@ def make_step(
         model = eqx.combine(eqx.apply_updates(trained, updates), fixed)
         if routings:
             # After the optimizer and outside the gradient (Wang et al. 2024, arXiv:2408.15664).
-            model = rebalance(model, routings, balance_rate)
+            model = rebalance(model, routings, balance_rate(state.step))
         violations = jnp.array([max_violation(expert_load(routing)) for routing in routings])
-        return State(model, optimizer_state), StepMetrics(loss, violations)
+        return State(model, optimizer_state, state.step + 1), StepMetrics(loss, violations)
 
     return step
 
