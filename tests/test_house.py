@@ -22,7 +22,7 @@ RANKS = (
     ("_routing", "_scoring", "_config", "hash_tables"),
     ("_balance", "_experts", "_dispatch"),
     ("_router",),
-    ("_backends",),
+    ("_backends", "_replay"),
     ("_moe",),
     ("_parallel", "_checkpoint", "_inspect"),
     ("_training",),

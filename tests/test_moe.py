@@ -233,14 +233,32 @@ def test_layer_zero_routes_by_id_alone_and_layer_three_by_hidden_state():
             np.testing.assert_array_equal(np.asarray(indices), table[np.asarray(input_ids)])
 
 
-@pytest.mark.parametrize("backend", ["blocks", "dense"])
+@every_backend
 def test_bfloat16_is_rounded_once(backend):
+    """Against float64 that rounds what the reference rounds: the activations, and the sum once."""
     block = make_block(bx, "top_k", backend)
     block = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.ndim > 1 else a, block)
     assert block.routed.router.score_correction_bias.dtype == jnp.float32
-    hidden_states = make_inputs()[0].astype(jnp.bfloat16)
-    output, routing = block(hidden_states)
+    hidden_states = make_inputs((40,))[0].astype(jnp.bfloat16)
+    output, routing = eqx.filter_jit(block)(hidden_states)
     assert output.dtype == jnp.bfloat16 and routing.weights.dtype == jnp.float32
+
+    def expert(token, gate_up, down):
+        pre = np.asarray(gate_up, np.float64) @ token
+        gate, up = np.minimum(pre[:INTERMEDIATE], LIMIT), np.clip(pre[INTERMEDIATE:], -LIMIT, LIMIT)
+        activations = (gate / (1 + np.exp(-gate)) * up).astype(jnp.bfloat16).astype(np.float64)
+        return activations @ np.asarray(down, np.float64)
+
+    experts, shared = block.routed.experts, block.shared
+    tokens, weights = np.asarray(hidden_states, np.float64), np.asarray(routing.weights, np.float64)
+    want = np.stack([expert(token, shared.gate_up, shared.down) for token in tokens])
+    for t, token in enumerate(tokens):
+        for e, w in zip(np.asarray(routing.indices)[t], weights[t], strict=True):
+            want[t] += w * expert(token, experts.gate_up[e], experts.down[e])
+    # The spacing of bfloat16 at each wanted value; half of it is one correct rounding.
+    spacing = 2.0 ** (np.floor(np.log2(np.abs(want))) - 7)
+    error = np.abs(np.asarray(output, np.float64) - want) / spacing
+    assert np.mean(error <= 0.51) > 0.99 and error.max() <= 1.01
 
 
 CALL_ERRORS = [
@@ -285,3 +303,86 @@ def test_no_shared_expert_is_an_error():
     config = bx.MoEConfig(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, num_shared_experts=0)
     with pytest.raises(ValueError, match="num_shared_experts"):
         bx.RoutedAndSharedMoE.from_config(config, 0, key=jax.random.key(0))
+
+
+def test_the_default_backend_on_a_cpu():
+    from braidax._backends import BACKENDS as TABLE
+    from braidax._backends import find_backend
+
+    assert find_backend("auto") is TABLE["blocks"]
+    assert set(TABLE) == set(BACKEND_NAMES)
+
+
+@every_backend
+@pytest.mark.parametrize("bad", [-1, EXPERTS, 99])
+def test_replaying_an_index_of_no_expert_poisons_its_token_only(bad, backend):
+    block = make_block(bx, "top_k", backend).routed
+    hidden_states, _ = make_inputs((6,))
+    clean, routing = block(hidden_states)
+    broken = eqx.tree_at(lambda r: r.indices, routing, routing.indices.at[2, 1].set(bad))
+    output, _ = block(hidden_states, routing=broken)
+    assert np.isnan(np.asarray(output[2])).all()
+    others = [0, 1, 3, 4, 5]
+    np.testing.assert_array_equal(np.asarray(output)[others], np.asarray(clean)[others])
+
+
+@every_backend
+def test_a_masked_row_stops_nan_in_both_directions(backend):
+    block = make_block(bx, "top_k", backend).routed
+    hidden_states, _ = make_inputs((6,))
+    mask = jnp.arange(6) != 2
+    _, routing = block(hidden_states, mask=mask)
+    dirty = eqx.tree_at(lambda r: r.weights, routing, routing.weights.at[2].set(jnp.nan))
+    assert not np.asarray(block(hidden_states, routing=dirty)[0][2]).any()
+
+    def loss(block):
+        factor = jnp.where(mask, 1.0, jnp.nan)[:, None]
+        return jnp.sum(factor * block(hidden_states, mask=mask)[0])
+
+    gradient = eqx.filter_grad(loss)(block)
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_parts_of_different_sizes_are_refused():
+    block = make_block(bx, "top_k", "blocks")
+    key = jax.random.key(0)
+    for experts, hidden in ((EXPERTS - 1, HIDDEN), (EXPERTS, HIDDEN + 1)):
+        with pytest.raises(ValueError, match="`experts`"):
+            bx.RoutedMoE(
+                block.routed.router, bx.SwiGLUExperts(experts, hidden, INTERMEDIATE, key=key)
+            )
+    with pytest.raises(ValueError, match="`shared`"):
+        bx.RoutedAndSharedMoE(block.routed, bx.SwiGLU(HIDDEN + 1, INTERMEDIATE, key=key))
+
+
+# gate -> silu(min(gate, 10)) and its slope; at the limit itself the slope is the full one.
+CLAMPED_GATES = [
+    (-np.inf, 0.0, 0.0),
+    (-3e38, 0.0, 0.0),
+    (10.0, 9.99954602, 1.00040855),
+    (10.01, 9.99954602, 0.0),
+    (np.inf, 9.99954602, 0.0),
+]
+
+
+@pytest.mark.parametrize("gate, value, slope", CLAMPED_GATES)
+def test_clamped_gate(gate, value, slope):
+    from braidax._experts.swiglu import swiglu
+
+    got = jax.value_and_grad(lambda g: swiglu(jnp.stack([g, jnp.float32(1.0)]), 10.0)[0])(
+        jnp.float32(gate)
+    )
+    np.testing.assert_allclose(got, (value, slope), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "up, value, slope", [(10, 10, 1), (-10, -10, 1), (11, 10, 0), (-11, -10, 0)]
+)
+def test_clamped_up(up, value, slope):
+    from braidax._experts.swiglu import swiglu
+
+    silu = 1 / (1 + np.exp(-1.0))
+    got = jax.value_and_grad(lambda u: swiglu(jnp.stack([jnp.float32(1.0), u]), 10.0)[0])(
+        jnp.float32(up)
+    )
+    np.testing.assert_allclose(got, (value * silu, slope * silu), rtol=1e-6, atol=0)

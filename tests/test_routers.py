@@ -246,6 +246,8 @@ CONSTRUCTION_ERRORS = [
     ({"score_function": "relu"}, ValueError, "sigmoid"),
     ({"scaling_factor": float("nan")}, ValueError, "scaling_factor"),
     ({"temperature": 0.0}, ValueError, "temperature"),
+    ({"temperature": float("nan")}, ValueError, "temperature"),
+    ({"normalize": "false"}, TypeError, "normalize"),
     ({"num_groups": 2}, ValueError, "num_groups"),
     ({"num_experts": 6, "num_groups": 6}, ValueError, "at least 2"),
     ({"num_experts": 6, "num_groups": 3, "num_selected_groups": 4}, ValueError, "4 and 3"),
@@ -259,6 +261,10 @@ def test_construction_errors(options, error, text, unchecked):
     sizes = {"hidden_size": HIDDEN, "num_experts": EXPERTS, "num_experts_per_token": SLOTS}
     with pytest.raises(error, match=text):
         bx.TopKRouter(**{**sizes, **options}, key=jax.random.key(0))
+    if "num_groups" not in options:
+        table = np.zeros((VOCAB, options.get("num_experts_per_token", SLOTS)), np.int32)
+        with pytest.raises(error, match=text):
+            bx.HashRouter(**{**sizes, **options}, table=table, key=jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -276,3 +282,10 @@ def test_construction_errors(options, error, text, unchecked):
 def test_table_errors(table, error, text, unchecked):
     with pytest.raises(error, match=text):
         bx.HashRouter(HIDDEN, EXPERTS, SLOTS, table=table, key=jax.random.key(0))
+
+
+def test_a_group_with_one_good_expert_beats_a_group_with_none():
+    router = bx.TopKRouter(4, 4, 2, num_groups=2, num_selected_groups=1, key=jax.random.key(0))
+    logits = jnp.asarray([-jnp.inf, -jnp.inf, 5.0, -jnp.inf])
+    indices, _ = router.select(bx.sqrt_softplus(logits), logits, None)
+    assert int(indices[0]) == 2

@@ -81,6 +81,13 @@ def test_every_narrow_float(dtype):
     unit = np.maximum(root, float(jnp.finfo(dtype).tiny)) * float(jnp.finfo(dtype).eps)
     flushed = float(jnp.finfo(jnp.float32).tiny)
     assert (np.abs(value.astype(np.float64) - root) <= 0.51 * unit + flushed).all()
+    # sigmoid(x) / (2 root), written so that neither factor underflows first.
+    truth = np.exp(
+        -np.logaddexp(0.0, -wide) - 0.5 * np.log(np.logaddexp(0.0, np.maximum(wide, -700)))
+    )
+    truth = np.where(wide < -700, 0.0, truth / 2)
+    unit = np.maximum(truth, float(jnp.finfo(dtype).tiny)) * float(jnp.finfo(dtype).eps)
+    assert (np.abs(slope.astype(np.float64) - truth) <= 0.51 * unit + flushed).all()
 
 
 def test_no_nan_for_a_sweep_of_all_float32_exponents():

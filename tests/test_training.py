@@ -8,6 +8,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import equinox as eqx
@@ -145,32 +146,43 @@ def command(text, tmp_path_factory):
         "PYTHONPATH": str(source),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # The loader of cached programs reports machine features at length.
+        "TF_CPP_MIN_LOG_LEVEL": "3",
     }
 
     def start(*arguments):
-        return subprocess.Popen(
+        # A file and not a pipe: nobody reads it while the run goes on, and a full pipe stops it.
+        errors = tempfile.TemporaryFile("w+")
+        process = subprocess.Popen(
             [sys.executable, "-m", "braidax", "train", *map(str, arguments)],
             env=environment,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=errors,
             text=True,
         )
+        return process, errors
 
     return start
 
 
-def finish(process):
-    output, errors = process.communicate(timeout=120)
-    return process.returncode, output, errors
+def finish(started):
+    process, errors = started
+    with errors:
+        output, _ = process.communicate(timeout=120)
+        errors.seek(0)
+        return process.returncode, output, errors.read()
 
 
-def stop_after(process, line, number):
+def stop_after(started, line, number):
     """Send `number` as soon as the run has printed a line that contains `line`."""
+    process, errors = started
     for printed in process.stdout:
         if line in printed:
             process.send_signal(number)
             return
-    raise AssertionError(process.stderr.read())
+    process.wait(timeout=120)
+    errors.seek(0)
+    raise AssertionError(errors.read())
 
 
 def losses(folder):

@@ -98,6 +98,8 @@ def _train(options: dict) -> int:
                 f"--resume takes its settings from the checkpoint: remove {', '.join(others)}"
             )
         return loop.resume(resumed)
+    if options.get("text") == "":
+        raise UserError("--text must name a file or folder. Got an empty string.")
     if "text" in options:
         options["text"] = os.path.abspath(options["text"])
     now = datetime.datetime.now(datetime.UTC)

@@ -1,6 +1,7 @@
 """Argument checks shared by the constructors. Each raises an error that names the argument."""
 
 import math
+import numbers
 import operator
 from typing import Any
 
@@ -9,20 +10,25 @@ import jax.numpy as jnp
 
 def positive_integer(name: str, value: Any) -> int:
     """`value` as a Python int of at least 1; `TypeError` or `ValueError` otherwise."""
+    return integer(name, value, 1)
+
+
+def integer(name: str, value: Any, minimum: int) -> int:
+    """`value` as a Python int of at least `minimum`; `TypeError` or `ValueError` otherwise."""
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be an integer. Got {value!r}.")
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"`{name}` must be an integer. Got {value!r}.") from None
-    if number < 1:
-        raise ValueError(f"`{name}` must be at least 1. Got {number}.")
+    if number < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}. Got {number}.")
     return number
 
 
 def positive_number(name: str, value: object) -> float:
     """`value` as a finite Python float above 0; `TypeError` or `ValueError` otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number. Got {value!r}.")
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"`{name}` must be finite and above 0. Got {value!r}.")

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ._checks import positive_integer, positive_number
+from ._checks import integer, positive_integer, positive_number
 
 _POSITIVE_INTEGERS = (
     *("hidden_size", "intermediate_size", "num_experts", "num_experts_per_token", "vocab_size"),
@@ -67,10 +67,7 @@ class MoEConfig:
         if not isinstance(self.normalize, bool):
             raise TypeError(f"`normalize` must be a bool. Got {self.normalize!r}.")
         for name in ("num_shared_experts", "num_hash_layers"):
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int):
-                raise TypeError(f"`{name}` must be an integer. Got {count!r}.")
-            _require(count >= 0, name, "be at least 0", str(count))
+            self._set(name, integer(name, getattr(self, name), 0))
         self._check_combinations()
 
     def _set(self, name: str, value: object):

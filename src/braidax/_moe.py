@@ -13,12 +13,11 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Integer, PRNGKeyArray
 
 from . import hash_tables
 from ._backends import check_backend, find_backend
-from ._checks import last_axis
 from ._config import MoEConfig, is_hash_layer
 from ._experts import SwiGLU, SwiGLUExperts
 from ._experts.grouped_matmul import accumulation_dtype
+from ._replay import check_replay, within_range
 from ._router import AbstractRouter, HashRouter, TopKRouter
-from ._router.base import check_mask
 from ._routing import Routing, zero_masked
 
 
@@ -44,8 +43,10 @@ class RoutedMoE(eqx.Module):
         - `backend`: `"auto"` (by platform), `"blocks"`, `"ragged"`, or `"dense"`, in which every
             expert computes every token: slow, but differentiable in forward mode too.
 
-        **Raises:** `ValueError` for an unknown backend.
+        **Raises:** `ValueError` for an unknown backend, or a router and experts of other sizes.
         """
+        if isinstance(experts, SwiGLUExperts):
+            _check_sizes("experts", experts.gate_up.shape[-3::2], router)
         self.router = router
         self.experts = experts
         self.backend = check_backend(backend)
@@ -90,7 +91,8 @@ class RoutedMoE(eqx.Module):
         - `input_ids`: `(*batch,)` token ids, required by a `HashRouter`, ignored by a
             `TopKRouter`.
         - `mask`: `(*batch,)` bool, `False` on padding: zero output, no gradient, not counted.
-        - `routing`: replay this assignment, its mask included, instead of routing.
+        - `routing`: replay this assignment, its mask included, instead of routing. A token with
+            an index outside of the experts gets NaN, as one with an unknown id does.
         - `key`: handed to the router, which ignores it.
 
         **Returns:** the output, in the shape and dtype of `hidden_states`, and the `Routing`.
@@ -115,7 +117,15 @@ class RoutedAndSharedMoE(eqx.Module):
 
         - `routed`: a `RoutedMoE`.
         - `shared`: a `SwiGLU`, or any module from `(*batch, hidden)` to `(*batch, hidden)`.
+
+        **Raises:** `ValueError` if the hidden sizes differ.
         """
+        hidden = routed.router.weight.shape[-1]
+        if isinstance(shared, SwiGLU) and shared.gate_up.shape[-1] != hidden:
+            raise ValueError(
+                f"`shared` must have the hidden size of `routed`, {hidden}. "
+                f"Got {shared.gate_up.shape[-1]}."
+            )
         self.routed = routed
         self.shared = shared
 
@@ -175,19 +185,21 @@ def routed_sum(
     if routing is None:
         routing = block.router(hidden_states, input_ids, mask=mask, key=key)
     else:
-        _check_replay(block, hidden_states, mask, routing)
+        check_replay(block.router, hidden_states, mask, routing)
+        routing = within_range(routing)
     batch, hidden = hidden_states.shape[:-1], hidden_states.shape[-1]
     tokens = zero_masked(hidden_states, routing.mask).reshape(-1, hidden)
     flat_mask = None if routing.mask is None else routing.mask.reshape(-1)
     indices = routing.indices.reshape(-1, routing.indices.shape[-1])
-    weights = routing.weights.reshape(indices.shape)
+    weights = zero_masked(routing.weights, routing.mask).reshape(indices.shape)
 
     backend = find_backend(block.backend)
     dispatch = backend.dispatch(indices, flat_mask, routing.scores.shape[-1])
     rows = dispatch.gather(tokens)
     rows = block.experts(rows, dispatch.group_sizes, backend.grouped_matmul)
-    output = dispatch.combine(rows, weights)
-    return output.reshape(*batch, hidden).astype(accumulation_dtype(hidden_states)), routing
+    output = dispatch.combine(rows, weights).astype(accumulation_dtype(hidden_states))
+    # Masked here as well: nothing that comes back through a padded row may reach an expert.
+    return zero_masked(output.reshape(*batch, hidden), routing.mask), routing
 
 
 def _router(
@@ -222,24 +234,10 @@ def _router(
     )
 
 
-def _check_replay(
-    block: RoutedMoE,
-    hidden_states: Float[Array, "*batch hidden"],
-    mask: Bool[Array, "*batch"] | None,
-    routing: Routing,
-) -> None:
-    last_axis("hidden_states", hidden_states, block.router.weight.shape[-1], "hidden")
-    if mask is not None:
-        raise ValueError("`mask` must be None when `routing` is given: it has its own. Got both.")
-    batch, num_experts = hidden_states.shape[:-1], block.router.weight.shape[0]
-    check_mask(routing.mask, batch)
-    if routing.indices.shape[:-1] != batch or routing.weights.shape != routing.indices.shape:
+def _check_sizes(name: str, sizes: tuple[int, ...], router: AbstractRouter) -> None:
+    """`router.weight` is (experts, hidden), the last axes where layers are stacked."""
+    if tuple(sizes) != router.weight.shape[-2:]:
         raise ValueError(
-            f"`routing` must have indices and weights of shape {(*batch, 'experts_per_token')}. "
-            f"Got {routing.indices.shape} and {routing.weights.shape}."
-        )
-    if routing.scores.shape[-1] != num_experts:
-        raise ValueError(
-            f"`routing` must be over {num_experts} experts, as the block. "
-            f"Got {routing.scores.shape[-1]}."
+            f"`{name}` must have the (experts, hidden) of `router`, {router.weight.shape[-2:]}. "
+            f"Got {tuple(sizes)}."
         )

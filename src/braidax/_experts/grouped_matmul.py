@@ -54,8 +54,8 @@ def accumulation_dtype(*arrays: Array) -> jnp.dtype:
 def grouped_matmul(kernels: Kernels) -> GroupedMatmul:
     """A differentiable, vmappable grouped product out of a backend's two kernels.
 
-    Cotangents are rounded to the dtype of the operand that they are multiplied with, as in any
-    mixed-precision matrix product. Forward mode is not supported (`custom_vjp`).
+    Cotangents are rounded to the wider dtype of the two operands, as in any mixed-precision
+    matrix product. Forward mode is not supported (`custom_vjp`).
     """
     multiply_kernels = {
         transposed: _vmappable_multiply(partial(_call_multiply, kernels, transposed))
@@ -76,7 +76,7 @@ def grouped_matmul(kernels: Kernels) -> GroupedMatmul:
 
     def multiply_backward(transposed, residuals, cotangent):
         rows, weight, group_sizes = residuals
-        cotangent = cotangent.astype(rows.dtype)
+        cotangent = cotangent.astype(jnp.result_type(rows, weight))
         rows_cotangent = multiply(cotangent, weight, group_sizes, not transposed)
         left, right = (cotangent, rows) if transposed else (rows, cotangent)
         weight_cotangent = outer(left, right, group_sizes)
@@ -87,7 +87,7 @@ def grouped_matmul(kernels: Kernels) -> GroupedMatmul:
 
     def outer_backward(residuals, cotangent):
         left, right, group_sizes = residuals
-        cotangent = cotangent.astype(left.dtype)
+        cotangent = cotangent.astype(jnp.result_type(left, right))
         left_cotangent = multiply(right, cotangent, group_sizes, True)
         right_cotangent = multiply(left, cotangent, group_sizes, False)
         return left_cotangent.astype(left.dtype), right_cotangent.astype(right.dtype), None
@@ -113,11 +113,11 @@ def _vmappable_multiply(kernel):
         group_sizes = _with_axis(group_sizes, sizes_batched, axis_size)
         order, merged_sizes = _merge(group_sizes, rows.shape[1], shared_groups=not weight_batched)
         if weight_batched:
-            weight = weight.reshape(-1, *weight.shape[2:])
-        flat = rows.reshape(-1, rows.shape[-1])
+            weight = weight.reshape(axis_size * weight.shape[1], *weight.shape[2:])
+        flat = rows.reshape(axis_size * rows.shape[1], rows.shape[2])
         product = multiply(flat[order], weight, merged_sizes)
         product = jnp.zeros_like(product).at[order].set(product, unique_indices=True)
-        return product.reshape(axis_size, -1, product.shape[-1]), True
+        return product.reshape(axis_size, rows.shape[1], product.shape[-1]), True
 
     return multiply
 
@@ -135,8 +135,10 @@ def _vmappable_outer(kernel):
         )
         # One gradient for each example: summing here would break `vmap(grad)`.
         order, merged_sizes = _merge(group_sizes, left.shape[1], shared_groups=False)
-        flat_left = left.reshape(-1, left.shape[-1])[order]
-        flat_right = right.reshape(-1, right.shape[-1])[order]
+        flat_left, flat_right = (
+            array.reshape(axis_size * array.shape[1], array.shape[2])[order]
+            for array in (left, right)
+        )
         product = outer(flat_left, flat_right, merged_sizes)
         return product.reshape(*group_sizes.shape, *product.shape[1:]), True
 

@@ -121,7 +121,9 @@ def check_gate(
     num_experts: int,
     num_experts_per_token: int,
     score_function: str,
+    normalize: bool,
     scaling_factor: float | int,
+    temperature: float | int,
 ) -> None:
     """The constructor arguments that all routers share."""
     positive_integer("hidden_size", hidden_size)
@@ -135,7 +137,10 @@ def check_gate(
         raise ValueError(
             f"`score_function` must be one of {sorted(SCORE_FUNCTIONS)}. Got {score_function!r}."
         )
+    if not isinstance(normalize, bool):
+        raise TypeError(f"`normalize` must be a bool. Got {normalize!r}.")
     positive_number("scaling_factor", scaling_factor)
+    positive_number("temperature", temperature)
 
 
 def gate_weight(

@@ -60,7 +60,15 @@ class HashRouter(AbstractRouter):
         **Raises:** `ValueError` or `TypeError` naming the argument. The table's content is
         checked, so it must be concrete: build the router outside of `jax.jit`.
         """
-        check_gate(hidden_size, num_experts, num_experts_per_token, score_function, scaling_factor)
+        check_gate(
+            hidden_size,
+            num_experts,
+            num_experts_per_token,
+            score_function,
+            normalize,
+            scaling_factor,
+            temperature,
+        )
         try:
             table = np.asarray(table)
         except jax.errors.TracerArrayConversionError:
@@ -77,9 +85,9 @@ class HashRouter(AbstractRouter):
             hidden_size, num_experts, dtype=floating_dtype("dtype", dtype), key=key
         )
         self.table = jnp.asarray(hash_tables.from_array(table, num_experts))
-        self.num_experts_per_token = num_experts_per_token
+        self.num_experts_per_token = int(num_experts_per_token)
         self.score_function = score_function
-        self.normalize = bool(normalize)
+        self.normalize = normalize
         self.scaling_factor = float(scaling_factor)
         self.temperature = float(temperature)
 

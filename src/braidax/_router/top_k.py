@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int, Integer, PRNGKeyArray, Real
 
 from .._balance import updated_bias
-from .._checks import floating_dtype, positive_integer, positive_number
+from .._checks import floating_dtype, positive_integer
 from .base import AbstractRouter, check_gate, gate_weight
 
 
@@ -68,19 +68,27 @@ class TopKRouter(AbstractRouter):
 
         **Raises:** `ValueError` or `TypeError` naming the argument.
         """
-        check_gate(hidden_size, num_experts, num_experts_per_token, score_function, scaling_factor)
+        check_gate(
+            hidden_size,
+            num_experts,
+            num_experts_per_token,
+            score_function,
+            normalize,
+            scaling_factor,
+            temperature,
+        )
         _check_groups(num_experts, num_experts_per_token, num_groups, num_selected_groups)
         self.weight = gate_weight(
             hidden_size, num_experts, dtype=floating_dtype("dtype", dtype), key=key
         )
         self.score_correction_bias = jnp.zeros(num_experts, jnp.float32)
-        self.num_experts_per_token = num_experts_per_token
+        self.num_experts_per_token = int(num_experts_per_token)
         self.score_function = score_function
-        self.normalize = bool(normalize)
+        self.normalize = normalize
         self.scaling_factor = float(scaling_factor)
-        self.num_groups = num_groups
-        self.num_selected_groups = num_selected_groups
-        self.temperature = positive_number("temperature", temperature)
+        self.num_groups = int(num_groups)
+        self.num_selected_groups = int(num_selected_groups)
+        self.temperature = float(temperature)
 
     def select(
         self,
@@ -115,7 +123,10 @@ def _keep_best_groups(
 ) -> Float[Array, "*batch experts"]:
     """Experts outside the selected groups become -inf: 0 would beat a negative biased score."""
     grouped = corrected.reshape(*corrected.shape[:-1], num_groups, -1)
-    group_scores = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
+    # Finite for the ranking of groups: beside one -inf a good expert must still count.
+    largest = float(jnp.finfo(grouped.dtype).max) / 4
+    finite = jnp.clip(grouped, -largest, largest)
+    group_scores = jax.lax.top_k(finite, 2)[0].sum(axis=-1)
     # A rank comparison instead of a scatter: group i is kept when fewer than `num_selected`
     # groups come before it, and equal groups are won by the lower index as in `top_k`.
     ours, theirs = group_scores[..., :, None], group_scores[..., None, :]

@@ -1,0 +1,47 @@
+"""Replaying a given assignment: what is refused, and what poisons a token."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ._checks import last_axis
+from ._router import AbstractRouter
+from ._router.base import check_mask
+from ._routing import Routing
+
+
+def within_range(routing: Routing) -> Routing:
+    """NaN weights for the tokens whose indices name no expert. A router only makes valid ones."""
+    valid = (routing.indices >= 0) & (routing.indices < routing.scores.shape[-1])
+    defined = valid.all(axis=-1, keepdims=True)
+    return Routing(
+        indices=jnp.where(valid, routing.indices, 0),
+        weights=jnp.where(defined, routing.weights, jnp.nan),
+        scores=routing.scores,
+        logits=routing.logits,
+        mask=routing.mask,
+        dropped=routing.dropped,
+    )
+
+
+def check_replay(
+    router: AbstractRouter,
+    hidden_states: Float[Array, "*batch hidden"],
+    mask: Bool[Array, "*batch"] | None,
+    routing: Routing,
+) -> None:
+    """`routing` fits these hidden states and this router; `ValueError` or `TypeError` if not."""
+    last_axis("hidden_states", hidden_states, router.weight.shape[-1], "hidden")
+    if mask is not None:
+        raise ValueError("`mask` must be None when `routing` is given: it has its own. Got both.")
+    batch, num_experts = hidden_states.shape[:-1], router.weight.shape[0]
+    check_mask(routing.mask, batch)
+    if routing.indices.shape[:-1] != batch or routing.weights.shape != routing.indices.shape:
+        raise ValueError(
+            f"`routing` must have indices and weights of shape {(*batch, 'experts_per_token')}. "
+            f"Got {routing.indices.shape} and {routing.weights.shape}."
+        )
+    if routing.scores.shape[-1] != num_experts:
+        raise ValueError(
+            f"`routing` must be over {num_experts} experts, as the block. "
+            f"Got {routing.scores.shape[-1]}."
+        )
