@@ -278,12 +278,12 @@ def test_is_hash_layer():
     assert not is_hash_layer(MoEConfig.deepseek_v3(), 0)
 
 
-@pytest.mark.parametrize("layer_idx", [True, 1.0, None, np.int32(1)])
-def test_layer_idx_is_a_python_int(layer_idx):
+@pytest.mark.parametrize("layer_idx", [True, 1.0, None])
+def test_layer_idx_is_an_integer(layer_idx):
     from braidax import MoEConfig, is_hash_layer
 
     unchecked = inspect.unwrap(is_hash_layer)  # our own message, without jaxtyping's before it
-    with pytest.raises(TypeError, match="`layer_idx` must be static"):
+    with pytest.raises(TypeError, match="`layer_idx` must be an integer"):
         unchecked(MoEConfig.tiny(), layer_idx)
 
 
@@ -291,7 +291,7 @@ def test_layer_idx_is_not_traced_or_negative():
     from braidax import MoEConfig, is_hash_layer
 
     unchecked = inspect.unwrap(is_hash_layer)
-    with pytest.raises(TypeError, match="`layer_idx` must be static"):
+    with pytest.raises(TypeError, match="`layer_idx` must be an integer"):
         jax.jit(lambda layer_idx: unchecked(MoEConfig.tiny(), layer_idx))(0)
     with pytest.raises(ValueError, match="`layer_idx` must be at least 0. Got -1"):
         is_hash_layer(MoEConfig.tiny(), -1)

@@ -1,6 +1,5 @@
 """Mixture-of-experts routing for Equinox and JAX."""
 
-# Configuration
 # Hash tables: token -> experts
 from . import hash_tables as hash_tables
 
@@ -13,6 +12,12 @@ from ._balance import max_violation as max_violation
 from ._balance import router_z_loss as router_z_loss
 from ._balance import sequence_balance_loss as sequence_balance_loss
 from ._balance import updated_bias as updated_bias
+
+# Weights
+from ._checkpoint import from_state_dict as from_state_dict
+from ._checkpoint import to_state_dict as to_state_dict
+
+# Configuration
 from ._config import MoEConfig as MoEConfig
 from ._config import is_hash_layer as is_hash_layer
 

@@ -145,18 +145,12 @@ class MoEConfig:
 def is_hash_layer(config: MoEConfig, layer_idx: int) -> bool:
     """Whether layer `layer_idx` (from 0) routes by token id: one of the first `num_hash_layers`.
 
-    The answer decides which parameters exist, so `layer_idx` must be a Python int.
+    The answer decides which parameters exist, so `layer_idx` must be static, not traced.
 
-    Raises `TypeError` for anything but an int (a traced value, a bool) and `ValueError` below 0.
+    Raises `TypeError` for anything but an integer (a traced value, a bool) and `ValueError`
+    below 0.
     """
-    if isinstance(layer_idx, bool) or not isinstance(layer_idx, int):
-        raise TypeError(
-            f"`layer_idx` must be static: a Python int, not a bool, float or traced value. "
-            f"Got {layer_idx!r}."
-        )
-    if layer_idx < 0:
-        raise ValueError(f"`layer_idx` must be at least 0. Got {layer_idx}.")
-    return layer_idx < config.num_hash_layers
+    return integer("layer_idx", layer_idx, 0) < config.num_hash_layers
 
 
 def _require(condition: bool, name: str, rule: str, given: str):

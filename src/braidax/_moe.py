@@ -6,6 +6,8 @@ The `Routing` is returned beside the output; losses, metrics and the bias update
 it, outside the layer.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,9 @@ class RoutedMoE(eqx.Module):
         **Raises:** `ValueError` for an unknown backend, or a router and experts of other sizes.
         """
         if isinstance(experts, SwiGLUExperts):
-            _check_sizes("experts", experts.gate_up.shape[-3::2], router)
+            # The last axes: layers may be stacked in front.
+            sizes, wanted = experts.gate_up.shape[-3::2], router.weight.shape[-2:]
+            _check_sizes("experts", sizes, wanted, "the (experts, hidden) of `router`")
         self.router = router
         self.experts = experts
         self.backend = check_backend(backend)
@@ -120,12 +124,9 @@ class RoutedAndSharedMoE(eqx.Module):
 
         **Raises:** `ValueError` if the hidden sizes differ.
         """
-        hidden = routed.router.weight.shape[-1]
-        if isinstance(shared, SwiGLU) and shared.gate_up.shape[-1] != hidden:
-            raise ValueError(
-                f"`shared` must have the hidden size of `routed`, {hidden}. "
-                f"Got {shared.gate_up.shape[-1]}."
-            )
+        if isinstance(shared, SwiGLU):
+            sizes, wanted = shared.gate_up.shape[-1:], routed.router.weight.shape[-1:]
+            _check_sizes("shared", sizes, wanted, "the (hidden,) of `routed`")
         self.routed = routed
         self.shared = shared
 
@@ -206,38 +207,26 @@ def _router(
     config: MoEConfig, layer_idx: int, dtype: DTypeLike, key: PRNGKeyArray
 ) -> AbstractRouter:
     sizes = (config.hidden_size, config.num_experts, config.num_experts_per_token)
+    gate: dict[str, Any] = {
+        "score_function": config.score_function,
+        "normalize": config.normalize,
+        "scaling_factor": config.scaling_factor,
+        "temperature": config.temperature,
+        "dtype": dtype,
+        "key": key,
+    }
     if is_hash_layer(config, layer_idx):
         assert config.vocab_size is not None  # MoEConfig asks for it when it has hash layers.
-        table = hash_tables.md5(
-            config.vocab_size, config.num_experts, config.num_experts_per_token, salt=layer_idx
-        )
-        return HashRouter(
-            *sizes,
-            table=table,
-            score_function=config.score_function,
-            normalize=config.normalize,
-            scaling_factor=config.scaling_factor,
-            temperature=config.temperature,
-            dtype=dtype,
-            key=key,
-        )
+        table = hash_tables.md5(config.vocab_size, *sizes[1:], salt=layer_idx)
+        return HashRouter(*sizes, table=table, **gate)
     return TopKRouter(
         *sizes,
-        score_function=config.score_function,
-        normalize=config.normalize,
-        scaling_factor=config.scaling_factor,
         num_groups=config.num_groups,
         num_selected_groups=config.num_selected_groups,
-        temperature=config.temperature,
-        dtype=dtype,
-        key=key,
+        **gate,
     )
 
 
-def _check_sizes(name: str, sizes: tuple[int, ...], router: AbstractRouter) -> None:
-    """`router.weight` is (experts, hidden), the last axes where layers are stacked."""
-    if tuple(sizes) != router.weight.shape[-2:]:
-        raise ValueError(
-            f"`{name}` must have the (experts, hidden) of `router`, {router.weight.shape[-2:]}. "
-            f"Got {tuple(sizes)}."
-        )
+def _check_sizes(name: str, sizes: tuple[int, ...], wanted: tuple[int, ...], meaning: str) -> None:
+    if tuple(sizes) != tuple(wanted):
+        raise ValueError(f"`{name}` must have {meaning}, {tuple(wanted)}. Got {tuple(sizes)}.")

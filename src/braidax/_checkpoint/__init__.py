@@ -1,0 +1,4 @@
+"""Weights in and out: names, shapes and dtypes of released checkpoints."""
+
+from .state_dict import from_state_dict as from_state_dict
+from .state_dict import to_state_dict as to_state_dict

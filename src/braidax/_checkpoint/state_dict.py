@@ -1,0 +1,200 @@
+"""A layer as named numpy arrays: the names, shapes and dtypes of transformers' saved modules."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike
+
+from .. import hash_tables
+from .._checks import floating_dtype
+from .._config import MoEConfig, is_hash_layer
+from .._experts import SwiGLU, SwiGLUExperts
+from .._moe import RoutedAndSharedMoE
+from .._router import HashRouter, TopKRouter
+
+
+class _Leaf(NamedTuple):
+    """An array of the block and the released tensors that it is made of.
+
+    `to_tensors` returns one array for each name, `from_tensors` takes them in that order.
+    """
+
+    where: Callable[[RoutedAndSharedMoE], Any]
+    names: tuple[str, ...]
+    to_tensors: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    from_tensors: Callable[..., np.ndarray]
+
+
+def _one(array: np.ndarray) -> tuple[np.ndarray, ...]:
+    return (array,)
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _transposed(array: np.ndarray) -> np.ndarray:
+    return np.swapaxes(array, -1, -2)
+
+
+_DOWN = (lambda array: (_transposed(array),), _transposed)
+_GATE_AND_UP = (
+    lambda array: tuple(np.split(array, 2, axis=-2)),
+    lambda gate, up: np.concatenate((gate, up), axis=-2),
+)
+_GATE = _Leaf(attrgetter("routed.router.weight"), ("gate.weight",), _one, _same)
+_BIAS = _Leaf(
+    attrgetter("routed.router.score_correction_bias"),
+    ("gate.e_score_correction_bias",),
+    _one,
+    _same,
+)
+_TABLE = _Leaf(
+    attrgetter("routed.router.table"),
+    ("gate.tid2eid",),
+    lambda array: (array.astype(np.int64),),
+    _same,
+)
+_FEED_FORWARD = (
+    _Leaf(attrgetter("routed.experts.gate_up"), ("experts.gate_up_proj",), _one, _same),
+    _Leaf(attrgetter("routed.experts.down"), ("experts.down_proj",), *_DOWN),
+    _Leaf(
+        attrgetter("shared.gate_up"),
+        ("shared_experts.gate_proj.weight", "shared_experts.up_proj.weight"),
+        *_GATE_AND_UP,
+    ),
+    _Leaf(attrgetter("shared.down"), ("shared_experts.down_proj.weight",), *_DOWN),
+)
+_LEAVES: dict[type, tuple[_Leaf, ...]] = {
+    HashRouter: (_GATE, _TABLE, *_FEED_FORWARD),
+    TopKRouter: (_GATE, _BIAS, *_FEED_FORWARD),
+}
+
+
+def to_state_dict(moe: RoutedAndSharedMoE) -> dict[str, np.ndarray]:
+    """The arrays of a layer by transformers' names, without a prefix.
+
+    `gate.weight` (experts, hidden), `gate.e_score_correction_bias` (experts,) or `gate.tid2eid`
+    int64 (vocab, experts_per_token), `experts.gate_up_proj` (experts, 2 intermediate, hidden)
+    with the gate rows first, `experts.down_proj` (experts, hidden, intermediate),
+    `shared_experts.{gate,up,down}_proj.weight`. Floating-point arrays keep their dtype. Leading
+    axes, of stacked layers, are kept.
+
+    A gradient of the layer is such a tree too: leaves that are `None` are left out.
+
+    **Raises:** `TypeError` unless `moe` is a `RoutedAndSharedMoE` of this library's routers and
+    experts.
+
+    **Source:** `DeepseekV4SparseMoeBlock` of transformers 5.23, `models/deepseek_v4`.
+    """
+    tensors = {}
+    for leaf in _leaves(moe):
+        array = leaf.where(moe)
+        if array is not None:
+            parts = leaf.to_tensors(np.asarray(array))
+            tensors.update(zip(leaf.names, map(np.ascontiguousarray, parts), strict=True))
+    return tensors
+
+
+def from_state_dict(
+    config: MoEConfig,
+    layer_idx: int,
+    tensors: Mapping[str, Any],
+    *,
+    dtype: DTypeLike = jnp.float32,
+) -> RoutedAndSharedMoE:
+    """The layer whose arrays are `tensors`: the inverse of `to_state_dict`.
+
+    **Arguments:**
+
+    - `config`: the sizes and rules of the model; `layer_idx` says whether the layer is hashed.
+    - `layer_idx`: from 0.
+    - `tensors`: numpy or JAX arrays by the names of `to_state_dict`, no more and no fewer.
+    - `dtype`: of the weights. The selection bias is float32 and the table int32 always.
+
+    **Raises:** `ValueError` naming the tensor, what it must be and what was given, for names that
+    are missing or unknown, wrong shapes, expert ids out of range or a bias that is not finite;
+    `TypeError` for a dtype that cannot hold weights, quantised ones among them.
+
+    **Source:** `DeepseekV4SparseMoeBlock` of transformers 5.23, `models/deepseek_v4`.
+    """
+    dtype = floating_dtype("dtype", dtype)
+    layer = _skeleton(config, layer_idx, dtype)
+    leaves = _leaves(layer)
+    _check_names(tensors, [name for leaf in leaves for name in leaf.names])
+    for leaf in leaves:
+        layer = eqx.tree_at(leaf.where, layer, _array(leaf, tensors, leaf.where(layer), config))
+    return layer
+
+
+def _leaves(moe: RoutedAndSharedMoE) -> tuple[_Leaf, ...]:
+    if not isinstance(moe, RoutedAndSharedMoE):
+        raise TypeError(f"`moe` must be a `RoutedAndSharedMoE`. Got {type(moe).__name__}.")
+    parts = {
+        "moe.routed.router": (moe.routed.router, tuple(_LEAVES)),
+        "moe.routed.experts": (moe.routed.experts, (SwiGLUExperts,)),
+        "moe.shared": (moe.shared, (SwiGLU,)),
+    }
+    for name, (module, known) in parts.items():
+        if type(module) not in known:
+            names = " or ".join(f"`{cls.__name__}`" for cls in known)
+            raise TypeError(
+                f"`{name}` must be a {names}: only these have released names. "
+                f"Got {type(module).__name__}."
+            )
+    return _LEAVES[type(moe.routed.router)]
+
+
+def _skeleton(config: MoEConfig, layer_idx: int, dtype: DTypeLike) -> RoutedAndSharedMoE:
+    """The layer with shapes in place of arrays: no random number is drawn."""
+    # Not the configuration's own hash table, which takes seconds: the given one replaces it.
+    small = config if config.vocab_size is None else dataclasses.replace(config, vocab_size=1)
+    build = partial(RoutedAndSharedMoE.from_config, small, layer_idx, dtype=dtype)
+    skeleton = eqx.filter_eval_shape(build, key=jax.random.key(0))
+    if not is_hash_layer(config, layer_idx):
+        return skeleton
+    shape = (config.vocab_size, config.num_experts_per_token)
+    return eqx.tree_at(_TABLE.where, skeleton, jax.ShapeDtypeStruct(shape, jnp.int32))
+
+
+def _check_names(given: Mapping[str, Any], wanted: list[str]) -> None:
+    missing, unknown = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    if missing or unknown:
+        raise ValueError(
+            f"`tensors` must hold exactly {', '.join(wanted)}. "
+            f"Missing: {', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
+        )
+
+
+def _array(
+    leaf: _Leaf, tensors: Mapping[str, Any], wanted: jax.ShapeDtypeStruct, config: MoEConfig
+) -> Array:
+    """The leaf made of its tensors, each checked, in the dtype of the layer."""
+    empty = np.broadcast_to(np.zeros((), wanted.dtype), wanted.shape)
+    parts = [np.asarray(tensors[name]) for name in leaf.names]
+    for name, part, like in zip(leaf.names, parts, leaf.to_tensors(empty), strict=True):
+        if part.shape != like.shape:
+            raise ValueError(f"`{name}` must have shape {like.shape}. Got {part.shape}.")
+    if leaf is _TABLE:
+        return jnp.asarray(_checked_table(parts[0], config.num_experts))
+    for name, part in zip(leaf.names, parts, strict=True):
+        # Numbers of one byte mean nothing without their scales.
+        if not jnp.issubdtype(part.dtype, jnp.floating) or part.dtype.itemsize < 2:
+            raise TypeError(f"`{name}` must hold 16 to 64-bit floating point. Got {part.dtype}.")
+    if leaf is _BIAS and not np.isfinite(parts[0].astype(np.float64)).all():
+        raise ValueError(f"`{leaf.names[0]}` must be finite. Got NaN or infinity.")
+    return jnp.asarray(leaf.from_tensors(*parts), wanted.dtype)
+
+
+def _checked_table(table: np.ndarray, num_experts: int) -> np.ndarray:
+    try:
+        return hash_tables.from_array(table, num_experts)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"`{_TABLE.names[0]}`: {error}") from error
