@@ -77,8 +77,12 @@ def notebooks(session: nox.Session) -> None:
 # virtualenv, because pip and not uv is what knows where a local torch wheel lies.
 @nox.session(default=False, venv_backend="virtualenv")
 def parity(session: nox.Session) -> None:
-    """Compare with other implementations."""
-    run_when_built(session, "tests/parity", issue=3)
+    """Compare with the PyTorch reference; `-- --write-golden` renews the golden files."""
+    # torch first and alone: transformers would take any.
+    for requirement in group("parity"):
+        session.install(requirement)
+    session.install("-e", ".", *group("test"))
+    session.run("pytest", "tests/parity", *session.posargs)
 
 
 @nox.session(default=False)

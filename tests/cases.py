@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,20 +42,24 @@ ASSIGNMENTS = {
 }
 
 
-def make_router(bx, kind, key, **options):
-    """A router of each kind at the sizes above, with a bias that matters."""
-    if kind == "hash":
-        table = bx.hash_tables.md5(VOCAB, EXPERTS, SLOTS, salt=1)
-        return bx.HashRouter(HIDDEN, EXPERTS, SLOTS, table=table, key=key, **options)
+def _hash_router(bx, key, **options):
+    table = bx.hash_tables.md5(VOCAB, EXPERTS, SLOTS, salt=1)
+    return bx.HashRouter(HIDDEN, EXPERTS, SLOTS, table=table, key=key, **options)
+
+
+def _top_k_router(bx, key, **options):
     router = bx.TopKRouter(HIDDEN, EXPERTS, SLOTS, key=key, **options)
     bias = 0.1 * jax.random.normal(jax.random.key(9), (EXPERTS,))
-    return _replace_bias(router, bias)
-
-
-def _replace_bias(router, bias):
-    import equinox as eqx
-
     return eqx.tree_at(lambda router: router.score_correction_bias, router, bias)
+
+
+# Routers at the sizes above, with a bias that matters.
+ROUTERS = {"top_k": _top_k_router, "hash": _hash_router}
+
+
+def make_router(bx, kind, key, **options):
+    """A router of each kind of `ROUTERS`."""
+    return ROUTERS[kind](bx, key, **options)
 
 
 def make_block(bx, kind, backend, key=None, **options):

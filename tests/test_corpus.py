@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -108,6 +110,21 @@ def test_unusable_text_is_one_clear_line(tmp_path, contents, message):
     with pytest.raises(CorpusError, match=message) as error:
         check_length(read_corpus(str(folder)), 128)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "text").write_bytes(b"a" * 100)
+    scandir = os.scandir
+
+    def refuse(path):
+        if pathlib.Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(CorpusError, match="cannot read .*locked: Permission denied"):
+        read_corpus(str(tmp_path))
 
 
 def test_training_windows_are_a_function_of_seed_and_step():

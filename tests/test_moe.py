@@ -12,6 +12,7 @@ from cases import (
     EXPERTS,
     HIDDEN,
     INTERMEDIATE,
+    ROUTERS,
     SLOTS,
     assert_close,
     make_block,
@@ -81,7 +82,7 @@ def test_values_and_all_gradients_against_the_oracle(name, backend):
 
 
 @every_backend
-@pytest.mark.parametrize("kind", ["top_k", "hash"])
+@pytest.mark.parametrize("kind", ROUTERS)
 def test_routed_and_shared_against_the_oracle(kind, backend):
     block = make_block(bx, kind, backend)
     hidden_states, input_ids = make_inputs()

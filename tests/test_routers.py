@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import EXPERTS, HIDDEN, SLOTS, VOCAB, assert_close, make_inputs, make_router
+from cases import EXPERTS, HIDDEN, ROUTERS, SLOTS, VOCAB, assert_close, make_inputs, make_router
 
 import braidax as bx
 
@@ -25,7 +25,7 @@ def by_hand(logits, bias=0.0, *, k=2, **options):
 
 @pytest.mark.parametrize("score_function", ["sqrtsoftplus", "sigmoid", "softmax"])
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("kind", ["top_k", "hash"])
+@pytest.mark.parametrize("kind", ROUTERS)
 def test_against_the_oracle(kind, normalize, score_function):
     options = {"score_function": score_function, "normalize": normalize, "scaling_factor": 2.5}
     router = make_router(bx, kind, jax.random.key(3), **options)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, make_block, make_inputs
+from cases import ROUTERS, assert_close, make_block, make_inputs
 
 import braidax as bx
 
-every_kind = pytest.mark.parametrize("kind", ["top_k", "hash"])
+every_kind = pytest.mark.parametrize("kind", ROUTERS)
 every_sorted_backend = pytest.mark.parametrize("backend", ["blocks", "ragged"])
 
 

@@ -7,6 +7,7 @@ import pathlib
 import platform
 import sysconfig
 from collections.abc import Iterator
+from typing import NoReturn
 
 import numpy as np
 from jaxtyping import UInt8
@@ -129,12 +130,17 @@ def check_length(corpus: Corpus, length: int) -> None:
 
 def _walk(root: pathlib.Path) -> Iterator[str]:
     """Relative names, with forward slashes, of the files below `root`; hidden ones left out."""
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             path = pathlib.Path(folder, name)
             if not name.startswith(".") and path.is_file():
                 yield path.relative_to(root).as_posix()
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """A folder that is passed over would change the corpus without a word."""
+    raise CorpusError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def _is_library_source(name: str) -> bool:
@@ -150,7 +156,7 @@ def _read(path: pathlib.Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CorpusError(f"cannot read {path}: {error.strerror}") from error
+        _refuse(error)
 
 
 def _digest(name: str) -> int:

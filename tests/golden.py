@@ -1,0 +1,86 @@
+"""Golden files: what the PyTorch reference computed, kept so that no test here needs torch.
+
+`nox -s parity -- --write-golden` writes them; every other `nox -s parity` checks that the
+reference still gives them.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).parent / "golden"
+
+
+@dataclasses.dataclass
+class GoldenBlock:
+    """One block: its input, and what the reference answered, forward and backward."""
+
+    config: dict[str, Any]  # the arguments of `MoEConfig`
+    layer_idx: int
+    versions: dict[str, str]
+    tensors: dict[str, np.ndarray]
+    hidden_states: np.ndarray
+    input_ids: np.ndarray
+    cotangent: np.ndarray
+    indices: np.ndarray
+    weights: np.ndarray
+    output: np.ndarray
+    hidden_states_gradient: np.ndarray
+    gradients: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class GoldenRouter:
+    """A router at a released model's size. Its input is rebuilt by `counted`: 7 MB would be too
+    much to keep."""
+
+    config: dict[str, Any]
+    versions: dict[str, str]
+    indices: np.ndarray
+    weights: np.ndarray
+
+
+def counted(shape: tuple[int, ...], stream: int) -> np.ndarray:
+    """Float32 numbers of variance 1, the same on every platform and numpy version: numpy keeps
+    the raw stream of a bit generator, and all that follows is exact."""
+    raw = np.random.PCG64(stream).random_raw(int(np.prod(shape)))
+    uniform = (raw >> np.uint64(48)).astype(np.float64) / 2**15 - 1  # multiples of 2^-15 in [-1, 1)
+    return (uniform * 1.75).astype(np.float32).reshape(shape)
+
+
+def router_inputs(config: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gate weight, selection bias and 1,024 hidden states of a `GoldenRouter`."""
+    experts, hidden = config["num_experts"], config["hidden_size"]
+    # A power of two: exact.
+    weight = counted((experts, hidden), 1) * np.float32(2**-6)
+    return weight, counted((experts,), 2) * np.float32(2**-4), counted((1024, hidden), 3)
+
+
+def save(name: str, golden: GoldenBlock | GoldenRouter) -> None:
+    """One compressed file: arrays under their field's name, everything else as JSON."""
+    arrays, rest = {}, {}
+    for field, value in vars(golden).items():
+        if isinstance(value, np.ndarray):
+            arrays[field] = value
+        elif field in ("tensors", "gradients"):
+            arrays |= {f"{field}/{key}": array for key, array in value.items()}
+        else:
+            rest[field] = value
+    FOLDER.mkdir(exist_ok=True)
+    np.savez_compressed(FOLDER / f"{name}.npz", json=json.dumps(rest), **arrays)
+
+
+def load(name: str) -> GoldenBlock | GoldenRouter:
+    """The file that `save` wrote."""
+    with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
+        fields = json.loads(str(file["json"]))
+        for key in set(file.files) - {"json"}:
+            field, _, tensor = key.partition("/")
+            if tensor:
+                fields.setdefault(field, {})[tensor] = file[key]
+            else:
+                fields[field] = file[key]
+    return (GoldenBlock if "tensors" in fields else GoldenRouter)(**fields)
