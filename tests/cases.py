@@ -16,14 +16,15 @@ class BackendCase(NamedTuple):
     name: str
     isolates_expert_nan: bool  # NaN in one expert's weights stays with its tokens.
     forward_mode: bool
+    wide_activations: bool  # Not rounded to the dtype of narrower weights.
 
 
 BACKENDS = [
-    BackendCase("blocks", isolates_expert_nan=True, forward_mode=False),
+    BackendCase("blocks", isolates_expert_nan=True, forward_mode=False, wide_activations=True),
     # On a CPU `ragged_dot` lowers to a masked product over all experts: 0 * NaN leaks.
-    BackendCase("ragged", isolates_expert_nan=False, forward_mode=False),
+    BackendCase("ragged", isolates_expert_nan=False, forward_mode=False, wide_activations=False),
     # Every expert computes every token: its backward pass multiplies by unused weights.
-    BackendCase("dense", isolates_expert_nan=False, forward_mode=True),
+    BackendCase("dense", isolates_expert_nan=False, forward_mode=True, wide_activations=True),
 ]
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 
 from ._dispatch import AbstractDispatch, dense_dispatch, sorted_dispatch
-from ._experts import BLOCKS, RAGGED, GroupedMatmul, dense_matmul, grouped_matmul
+from ._experts import BLOCKS, GroupedMatmul, dense_matmul, grouped_matmul, ragged_matmul
 
 
 class Backend(NamedTuple):
@@ -18,7 +18,7 @@ class Backend(NamedTuple):
 
 BACKENDS: dict[str, Backend] = {
     "blocks": Backend(sorted_dispatch, grouped_matmul(BLOCKS)),
-    "ragged": Backend(sorted_dispatch, grouped_matmul(RAGGED)),
+    "ragged": Backend(sorted_dispatch, ragged_matmul),
     "dense": Backend(dense_dispatch, dense_matmul),
 }
 

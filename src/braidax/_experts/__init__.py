@@ -5,6 +5,6 @@ from .dense import dense_matmul as dense_matmul
 from .grouped_matmul import GroupedMatmul as GroupedMatmul
 from .grouped_matmul import Kernels as Kernels
 from .grouped_matmul import grouped_matmul as grouped_matmul
-from .ragged import RAGGED as RAGGED
+from .ragged import ragged_matmul as ragged_matmul
 from .swiglu import SwiGLU as SwiGLU
 from .swiglu import SwiGLUExperts as SwiGLUExperts

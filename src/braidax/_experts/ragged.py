@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .grouped_matmul import Kernels, accumulation_dtype
+from .grouped_matmul import Kernels, accumulation_dtype, grouped_matmul
 
 
 def _multiply(
@@ -46,4 +46,18 @@ def _outer(
     return jnp.where((group_sizes > 0)[:, None, None], product, 0)
 
 
-RAGGED = Kernels(jax.jit(_multiply, static_argnums=3), jax.jit(_outer))
+_wide_matmul = grouped_matmul(Kernels(jax.jit(_multiply, static_argnums=3), jax.jit(_outer)))
+
+
+def ragged_matmul(
+    rows: Float[Array, "rows size_in"],
+    weight: Float[Array, "groups a b"],
+    group_sizes: Int[Array, " groups"],
+    transposed: bool,
+    /,
+) -> Float[Array, "rows size_out"]:
+    """Rows wider than the weights are rounded to their dtype first: accelerators multiply numbers
+    of one width, and to widen the whole stack of weights would cost more than the product."""
+    if jnp.finfo(weight.dtype).bits < jnp.finfo(rows.dtype).bits:
+        rows = rows.astype(weight.dtype)
+    return _wide_matmul(rows, weight, group_sizes, transposed)

@@ -1,0 +1,102 @@
+"""bfloat16 parameters and inputs: a float32 gate, and one rounding between input and output."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import BACKENDS
+
+import braidax as bx
+
+HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, TOKENS, VOCAB = 256, 128, 32, 6, 256, 100
+# Within reach of the activations, so that some are clamped.
+LIMIT = 1.0
+
+
+def float64(array):
+    return np.asarray(array.astype(jnp.float32), np.float64)
+
+
+@pytest.fixture(scope="module", params=["top-k", "hash"])
+def case(request):
+    """A layer, its inputs, and what float64 makes of their bfloat16 values."""
+    config = bx.MoEConfig(
+        *(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, VOCAB),
+        scaling_factor=1.5,
+        num_hash_layers=1,
+        swiglu_limit=LIMIT,
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    layer_idx = 0 if request.param == "hash" else 1
+    moe = bx.RoutedAndSharedMoE.from_config(config, layer_idx, dtype=jnp.bfloat16, key=keys[0])
+    if request.param == "top-k":
+        bias = 0.1 * jax.random.normal(keys[1], (EXPERTS,))
+        moe = eqx.tree_at(lambda moe: moe.routed.router.score_correction_bias, moe, bias)
+    hidden_states = jax.random.normal(keys[2], (TOKENS, HIDDEN)).astype(jnp.bfloat16)
+    input_ids = jax.random.randint(keys[3], (TOKENS,), 0, VOCAB, dtype=jnp.int32)
+    return moe, hidden_states, input_ids, exact(moe, float64(hidden_states), np.array(input_ids))
+
+
+def to_bfloat16(activations):
+    return activations.astype(jnp.bfloat16).astype(np.float64)
+
+
+def exact(moe, tokens, input_ids):
+    """Indices, weights and outputs in float64: with nothing rounded on the way, and with the
+    routed experts' activations rounded as by a backend that multiplies bfloat16 by bfloat16."""
+    router, experts, shared = moe.routed.router, moe.routed.experts, moe.shared
+
+    def chosen(token_id):
+        if isinstance(router, bx.HashRouter):
+            return lambda scores: np.asarray(router.table)[token_id]
+        bias = np.asarray(router.score_correction_bias, np.float64)
+        return lambda scores: oracle.select(scores, bias, SLOTS)
+
+    weight = float64(router.weight)
+    gates = [
+        oracle.gate(token, weight, chosen(i), router.score_function, True, router.scaling_factor)
+        for token, i in zip(tokens, input_ids, strict=True)
+    ]
+    indices, weights = (np.array([gate[field] for gate in gates]) for field in (1, 2))
+    gate_up, down = float64(experts.gate_up), float64(experts.down)
+    routed = [
+        oracle.routed(tokens, indices, weights, gate_up, down, LIMIT, rounded=rounded)
+        for rounded in (lambda activations: activations, to_bfloat16)
+    ]
+    gate_up, down = float64(shared.gate_up), float64(shared.down)
+    shared = [oracle.swiglu(token, gate_up, down, LIMIT) for token in tokens]
+    return indices, weights, [output + shared for output in routed]
+
+
+def test_the_gate_computes_in_float32(case):
+    moe, hidden_states, input_ids, (indices, weights, _) = case
+    router = moe.routed.router
+    wide = eqx.tree_at(lambda router: router.weight, router, router.weight.astype(jnp.float32))
+    route = eqx.filter_jit(lambda router, *inputs: router(*inputs))
+    ours = route(router, hidden_states, input_ids)
+    float32 = route(wide, hidden_states.astype(jnp.float32), input_ids)
+    assert ours.weights.dtype == ours.scores.dtype == jnp.float32
+    np.testing.assert_array_equal(ours.indices, float32.indices)
+    np.testing.assert_array_equal(ours.weights, float32.weights)
+    np.testing.assert_array_equal(ours.indices, indices)
+    np.testing.assert_allclose(ours.weights, weights, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=[backend.name for backend in BACKENDS])
+def test_the_output_is_rounded_once(case, backend):
+    moe, hidden_states, input_ids, (_, _, (unrounded, rounded_activations)) = case
+    output = unrounded if backend.wide_activations else rounded_activations
+    routed = bx.RoutedMoE(moe.routed.router, moe.routed.experts, backend=backend.name)
+    moe = bx.RoutedAndSharedMoE(routed, moe.shared)
+    ours, _ = eqx.filter_jit(moe)(hidden_states, input_ids)
+    assert ours.dtype == jnp.bfloat16
+    # The distance of neighbouring bfloat16 numbers: 8 bits of precision.
+    spacing = 2.0 ** (np.floor(np.log2(np.abs(output))) - 7)
+    error = np.abs(float64(ours) - output) / spacing
+    # Rounding to nearest moves a number by half a spacing; one more rounding anywhere and a fifth
+    # of them are off. The rest are sums that cancel, with the float32 error of their terms. Where
+    # activations are rounded too, a float32 error may tip one to its other neighbour.
+    allowed = 0.501 if backend.wide_activations else 1.0
+    assert (error <= allowed).mean() >= 0.999
