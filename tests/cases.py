@@ -63,6 +63,18 @@ def make_router(bx, kind, key, **options):
     return ROUTERS[kind](bx, key, **options)
 
 
+@eqx.filter_jit
+def output_and_vjp(block, hidden_states, input_ids, cotangent):
+    """Output, routing, and the gradients of the block and of its hidden states, in one compile."""
+    parameters, static = eqx.partition(block, eqx.is_inexact_array)
+
+    def apply(parameters, hidden_states):
+        return eqx.combine(parameters, static)(hidden_states, input_ids)
+
+    output, vjp, routing = jax.vjp(apply, parameters, hidden_states, has_aux=True)
+    return output, routing, *vjp(cotangent)
+
+
 def make_block(bx, kind, backend, key=None, **options):
     """A `RoutedAndSharedMoE` with small clamped experts."""
     keys = jax.random.split(jax.random.key(0) if key is None else key, 3)

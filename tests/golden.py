@@ -1,7 +1,8 @@
 """Golden files: what the PyTorch reference computed, kept so that no test here needs torch.
 
 `nox -s parity -- --write-golden` writes them; every other `nox -s parity` checks that the
-reference still gives them.
+reference still gives them. `top_k_softmax` comes from transformers' block with its router's last
+step replaced by the released rule: transformers has no softmax scores.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ class GoldenRouter:
 
     config: dict[str, Any]
     versions: dict[str, str]
+    smallest_gap: float  # between the last biased score selected and the next, in float64
     indices: np.ndarray
     weights: np.ndarray
 

@@ -42,22 +42,22 @@ def gate(token, weight, chosen, score_function, normalize, scaling_factor, tempe
     return scores, indices, weights * scaling_factor
 
 
-def swiglu(token, gate_up, down, limit, rounded=lambda activations: activations):
-    """One expert on one token; `rounded` is what an implementation keeps of the activations."""
+def swiglu(token, gate_up, down, limit):
+    """One expert on one token."""
     intermediate = len(down)
     gate = np.array([np.dot(row, token) for row in gate_up[:intermediate]])
     up = np.array([np.dot(row, token) for row in gate_up[intermediate:]])
     if limit is not None:
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-    return rounded(gate / (1 + np.exp(-gate)) * up) @ down
+    return (gate / (1 + np.exp(-gate)) * up) @ down
 
 
-def routed(tokens, indices, weights, gate_up, down, limit, **options):
+def routed(tokens, indices, weights, gate_up, down, limit, network=swiglu):
     """Weighted sum of the chosen experts, token by token."""
     output = np.zeros_like(tokens)
     for t, token in enumerate(tokens):
         for expert, w in zip(indices[t], weights[t], strict=True):
-            output[t] += w * swiglu(token, gate_up[expert], down[expert], limit, **options)
+            output[t] += w * network(token, gate_up[expert], down[expert], limit)
     return output
 
 

@@ -39,8 +39,11 @@ def case(request):
     return moe, hidden_states, input_ids, exact(moe, float64(hidden_states), np.array(input_ids))
 
 
-def to_bfloat16(activations):
-    return activations.astype(jnp.bfloat16).astype(np.float64)
+def swiglu_with_rounded_activations(token, gate_up, down, limit):
+    gate, up = np.split(gate_up @ token, 2)
+    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    activations = (gate / (1 + np.exp(-gate)) * up).astype(jnp.bfloat16)
+    return activations.astype(np.float64) @ down
 
 
 def exact(moe, tokens, input_ids):
@@ -62,8 +65,8 @@ def exact(moe, tokens, input_ids):
     indices, weights = (np.array([gate[field] for gate in gates]) for field in (1, 2))
     gate_up, down = float64(experts.gate_up), float64(experts.down)
     routed = [
-        oracle.routed(tokens, indices, weights, gate_up, down, LIMIT, rounded=rounded)
-        for rounded in (lambda activations: activations, to_bfloat16)
+        oracle.routed(tokens, indices, weights, gate_up, down, LIMIT, network)
+        for network in (oracle.swiglu, swiglu_with_rounded_activations)
     ]
     gate_up, down = float64(shared.gate_up), float64(shared.down)
     shared = [oracle.swiglu(token, gate_up, down, LIMIT) for token in tokens]
@@ -96,7 +99,13 @@ def test_the_output_is_rounded_once(case, backend):
     spacing = 2.0 ** (np.floor(np.log2(np.abs(output))) - 7)
     error = np.abs(float64(ours) - output) / spacing
     # Rounding to nearest moves a number by half a spacing; one more rounding anywhere and a fifth
-    # of them are off. The rest are sums that cancel, with the float32 error of their terms. Where
-    # activations are rounded too, a float32 error may tip one to its other neighbour.
-    allowed = 0.501 if backend.wide_activations else 1.0
-    assert (error <= allowed).mean() >= 0.999
+    # of them are off. The rest are sums that cancel, with the float32 error of their terms.
+    if backend.wide_activations:
+        assert (error <= 0.501).mean() >= 0.999
+        worst = 1e-6
+    else:
+        # A float32 error may tip a rounded activation to its other neighbour.
+        assert (error <= 0.51).mean() >= 0.99 and (error <= 1).mean() >= 0.999
+        worst = 2e-4
+    beyond = np.abs(float64(ours) - output) - 0.501 * spacing
+    assert beyond.max() <= worst * np.abs(output).max()

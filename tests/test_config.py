@@ -287,11 +287,18 @@ def test_layer_idx_is_an_integer(layer_idx):
         unchecked(MoEConfig.tiny(), layer_idx)
 
 
+def test_layer_idx_may_be_any_integer():
+    from braidax import MoEConfig, is_hash_layer
+
+    unchecked = inspect.unwrap(is_hash_layer)
+    assert unchecked(MoEConfig.tiny(), np.int32(1)) and not unchecked(MoEConfig.tiny(), np.int64(2))
+
+
 def test_layer_idx_is_not_traced_or_negative():
     from braidax import MoEConfig, is_hash_layer
 
     unchecked = inspect.unwrap(is_hash_layer)
-    with pytest.raises(TypeError, match="`layer_idx` must be an integer"):
+    with pytest.raises(TypeError, match="`layer_idx` must be static, not traced"):
         jax.jit(lambda layer_idx: unchecked(MoEConfig.tiny(), layer_idx))(0)
     with pytest.raises(ValueError, match="`layer_idx` must be at least 0. Got -1"):
         is_hash_layer(MoEConfig.tiny(), -1)

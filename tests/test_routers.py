@@ -62,6 +62,32 @@ VECTORS = {
         [0.559980, 0.440020],
     ),
     "no bias": ([1, 0.9, 0.8, -2], [0, 0, 0, 0], 2, {}, [0, 1], [0.507059, 0.492941]),
+    "a small bias moves the last expert": (
+        [1, 0.9, 0.8, -2],
+        [0, 0, 0.0478495, 0],
+        2,
+        {},
+        [0, 2],
+        [0.514317, 0.485683],
+    ),
+    # Scores of 2 and 1.
+    "normalised": ([3.98151455, 0.54132485], [0, 0], 2, {}, [0, 1], [2 / 3, 1 / 3]),
+    "scaled after it": (
+        [3.98151455, 0.54132485],
+        [0, 0],
+        2,
+        {"scaling_factor": 1.5},
+        [0, 1],
+        [1.0, 0.5],
+    ),
+    "scaled without it": (
+        [3.98151455, 0.54132485],
+        [0, 0],
+        2,
+        {"scaling_factor": 1.5, "normalize": False},
+        [0, 1],
+        [3.0, 1.5],
+    ),
     "large bias": ([1, 0.9, 0.8, -2], [0, 0, 0, 10], 2, {}, [3, 0], [0.237158, 0.762842]),
     "scale last": ([2, 2], [5, 0], 2, {"scaling_factor": 1.5}, [0, 1], [0.75, 0.75]),
     "not key minus bias": (
@@ -91,6 +117,13 @@ def test_adversarial_vectors(name):
     routing = by_hand(logits + [-30] * padding, bias + [0] * padding, k=k, **options)
     assert routing.indices.tolist() == indices
     np.testing.assert_allclose(np.asarray(routing.weights), weights, rtol=1e-5, atol=1e-27)
+
+
+def test_tiny_equal_scores_share_equally():
+    bias = [0.25, 0.5] * 8
+    weights = np.asarray(by_hand([-20.0] * 16, bias, k=8, scaling_factor=2.5).weights)
+    assert (weights == weights[0]).all()
+    np.testing.assert_allclose(weights, 0.3125, rtol=1.2e-7)  # a sum of eight may round once
 
 
 def test_masked_groups_are_minus_infinity_not_zero():

@@ -52,7 +52,24 @@ def test_there_and_back_bit_for_bit(layer_idx):
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert back[name].dtype == tensor.dtype and back[name].flags.c_contiguous, name
+        assert back[name].flags.writeable, name
         np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+
+
+@KINDS
+def test_the_layer_owns_its_arrays(layer_idx):
+    tensors = {}
+    for name, tensor in numbered(layer_idx).items():
+        # XLA shares the memory of arrays that are aligned to 64 bytes, unless told not to.
+        raw = np.empty(tensor.nbytes + 64, np.uint8)
+        start = -raw.ctypes.data % 64
+        tensors[name] = raw[start : start + tensor.nbytes].view(tensor.dtype).reshape(tensor.shape)
+        tensors[name][...] = tensor
+    block = bx.from_state_dict(CONFIG, layer_idx, tensors)
+    for tensor in tensors.values():
+        tensor[...] = 99
+    for name, tensor in numbered(layer_idx).items():
+        np.testing.assert_array_equal(bx.to_state_dict(block)[name], tensor, err_msg=name)
 
 
 @KINDS
@@ -192,6 +209,18 @@ REFUSED = {
         TypeError,
         "`experts.gate_up_proj` .* Got float8_e4m3fn",
     ),
+    "a weight too large": (
+        LEARNED,
+        changed(experts__down_proj=np.full((4, 5, 3), 1e300)),
+        ValueError,
+        r"`experts.down_proj` must fit float32. Got 1e\+300",
+    ),
+    "a bias too large": (
+        LEARNED,
+        changed(gate__e_score_correction_bias=np.full(4, 1e300)),
+        ValueError,
+        "`gate.e_score_correction_bias` must fit float32",
+    ),
     "a NaN bias": (
         LEARNED,
         changed(gate__e_score_correction_bias=np.array([0, np.nan, 0, 0], np.float32)),
@@ -214,5 +243,26 @@ def test_refused_modules(unchecked):
         bx.to_state_dict(block.routed)
     with pytest.raises(TypeError, match="`moe.shared` must be a `SwiGLU`"):
         bx.to_state_dict(eqx.tree_at(lambda b: b.shared, block, eqx.nn.Identity()))
-    with pytest.raises(TypeError, match="`dtype` must be a floating-point dtype. Got int32"):
-        bx.from_state_dict(CONFIG, LEARNED, numbered(LEARNED), dtype=jnp.int32)
+    with pytest.raises(TypeError, match="`moe` must hold arrays, .* Got bool for gate.weight"):
+        bx.to_state_dict(bx.trainable(block))
+
+
+def test_refused_arguments(unchecked):
+    for dtype in (jnp.int32, jnp.float8_e4m3fn):
+        with pytest.raises(TypeError, match="`dtype` must be a floating-point dtype of 16 bits"):
+            bx.from_state_dict(CONFIG, LEARNED, numbered(LEARNED), dtype=dtype)
+    with pytest.raises(ValueError, match="`dtype` must be enabled: float64 needs jax_enable_x64"):
+        bx.from_state_dict(CONFIG, LEARNED, numbered(LEARNED), dtype=jnp.float64)
+    with pytest.raises(TypeError, match="`tensors` must be a mapping of names. Got NoneType"):
+        bx.from_state_dict(CONFIG, LEARNED, None)
+    with pytest.raises(ValueError, match="Unknown: 3"):
+        bx.from_state_dict(CONFIG, LEARNED, {**numbered(LEARNED), 3: np.zeros(1)})
+    with pytest.raises(TypeError, match="`gate.weight` must be an array that numpy can read"):
+        bx.from_state_dict(CONFIG, LEARNED, {**numbered(LEARNED), "gate.weight": Unreadable()})
+
+
+class Unreadable:
+    """As a torch tensor in bfloat16 answers."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("Got unsupported ScalarType BFloat16")

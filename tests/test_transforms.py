@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ROUTERS, assert_close, make_block, make_inputs
+from cases import BACKENDS, ROUTERS, assert_close, make_block, make_inputs
 
 import braidax as bx
 
 every_kind = pytest.mark.parametrize("kind", ROUTERS)
-every_sorted_backend = pytest.mark.parametrize("backend", ["blocks", "ragged"])
+# The dense dispatch is what the others are compared with.
+every_sorted_backend = pytest.mark.parametrize(
+    "backend", [case.name for case in BACKENDS if case.name != "dense"]
+)
 
 
 def loss(block, hidden_states, input_ids):

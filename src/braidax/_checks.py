@@ -5,6 +5,7 @@ import numbers
 import operator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
@@ -36,10 +37,13 @@ def positive_number(name: str, value: object) -> float:
 
 
 def floating_dtype(name: str, value: object) -> jnp.dtype:
-    """`value` as a floating-point dtype; `TypeError` otherwise."""
+    """`value` as a floating-point dtype that weights can have; `TypeError` or `ValueError`
+    otherwise."""
     dtype = jnp.dtype(value)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"`{name}` must be a floating-point dtype. Got {dtype}.")
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise TypeError(f"`{name}` must be a floating-point dtype of 16 bits or more. Got {dtype}.")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"`{name}` must be enabled: {dtype} needs jax_enable_x64.")
     return dtype
 
 

@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from jax.core import Tracer
+
 from ._checks import integer, positive_integer, positive_number
 
 _POSITIVE_INTEGERS = (
@@ -150,6 +152,8 @@ def is_hash_layer(config: MoEConfig, layer_idx: int) -> bool:
     Raises `TypeError` for anything but an integer (a traced value, a bool) and `ValueError`
     below 0.
     """
+    if isinstance(layer_idx, Tracer):
+        raise TypeError(f"`layer_idx` must be static, not traced. Got {layer_idx}.")
     return integer("layer_idx", layer_idx, 0) < config.num_hash_layers
 
 

@@ -38,14 +38,13 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     # "excluded" is last, whatever columns the later rows add.
     columns = dict.fromkeys(column for _, _, errors in rows for column in errors)
     columns = [*(column for column in columns if column != "excluded"), "excluded"]
-    largest = {
-        column: max(errors[column] for _, _, errors in rows if column in errors)
-        for column in columns
-    }
-    cells = [("", "configuration", *columns)]
-    cells += [
+    names = dict.fromkeys(name for name, _, _ in rows)
+    table = [("", "configuration", {column: column for column in columns})]
+    table += rows
+    table += [_largest(rows, name, columns) for name in names]
+    cells = [
         (name, configuration, *(_text(errors.get(column)) for column in columns))
-        for name, configuration, errors in [*rows, ("largest", f"{len(rows)} rows", largest)]
+        for name, configuration, errors in table
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     terminalreporter.section("largest error / largest entry of the reference")
@@ -53,6 +52,17 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
         right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
         terminalreporter.write_line("  ".join([*left, *right]).rstrip())
+
+
+def _largest(rows, name, columns):
+    """One row for all of a name: what the README's table shows."""
+    errors = [row[2] for row in rows if row[0] == name]
+    largest = {
+        column: max(error[column] for error in errors if column in error)
+        for column in columns
+        if any(column in error for error in errors)
+    }
+    return name, f"largest of {len(errors)}", largest
 
 
 def _text(value: float | None) -> str:

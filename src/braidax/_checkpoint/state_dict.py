@@ -98,8 +98,14 @@ def to_state_dict(moe: RoutedAndSharedMoE) -> dict[str, np.ndarray]:
     for leaf in _leaves(moe):
         array = leaf.where(moe)
         if array is not None:
-            parts = leaf.to_tensors(np.asarray(array))
-            tensors.update(zip(leaf.names, map(np.ascontiguousarray, parts), strict=True))
+            if not isinstance(array, jax.Array | np.ndarray):
+                raise TypeError(
+                    f"`moe` must hold arrays, or None where there is nothing. "
+                    f"Got {type(array).__name__} for {' and '.join(leaf.names)}."
+                )
+            # Copies: a view of a JAX array is read-only.
+            parts = (np.array(part, order="C") for part in leaf.to_tensors(np.asarray(array)))
+            tensors.update(zip(leaf.names, parts, strict=True))
     return tensors
 
 
@@ -110,18 +116,21 @@ def from_state_dict(
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> RoutedAndSharedMoE:
-    """The layer whose arrays are `tensors`: the inverse of `to_state_dict`.
+    """The layer whose arrays are `tensors`: the inverse of `to_state_dict`, for one layer.
 
     **Arguments:**
 
     - `config`: the sizes and rules of the model; `layer_idx` says whether the layer is hashed.
     - `layer_idx`: from 0.
-    - `tensors`: numpy or JAX arrays by the names of `to_state_dict`, no more and no fewer.
-    - `dtype`: of the weights. The selection bias is float32 and the table int32 always.
+    - `tensors`: numpy or JAX arrays by the names of `to_state_dict`, no more and no fewer. They
+        are copied.
+    - `dtype`: of the weights, 16 bits or more. The selection bias is float32 and the table
+        int32 always.
 
     **Raises:** `ValueError` naming the tensor, what it must be and what was given, for names that
-    are missing or unknown, wrong shapes, expert ids out of range or a bias that is not finite;
-    `TypeError` for a dtype that cannot hold weights, quantised ones among them.
+    are missing or unknown, wrong shapes, expert ids out of range, numbers too large for `dtype`
+    or a bias that is not finite; `TypeError` for a dtype that cannot hold weights, quantised ones
+    among them.
 
     **Source:** `DeepseekV4SparseMoeBlock` of transformers 5.23, `models/deepseek_v4`.
     """
@@ -165,12 +174,18 @@ def _skeleton(config: MoEConfig, layer_idx: int, dtype: DTypeLike) -> RoutedAndS
 
 
 def _check_names(given: Mapping[str, Any], wanted: list[str]) -> None:
-    missing, unknown = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    if not isinstance(given, Mapping):
+        raise TypeError(f"`tensors` must be a mapping of names. Got {type(given).__name__}.")
+    missing, unknown = set(wanted) - set(given), set(given) - set(wanted)
     if missing or unknown:
         raise ValueError(
             f"`tensors` must hold exactly {', '.join(wanted)}. "
-            f"Missing: {', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
+            f"Missing: {_listed(missing)}. Unknown: {_listed(unknown)}."
         )
+
+
+def _listed(names: set[Any]) -> str:
+    return ", ".join(sorted(map(str, names))) or "none"
 
 
 def _array(
@@ -178,19 +193,39 @@ def _array(
 ) -> Array:
     """The leaf made of its tensors, each checked, in the dtype of the layer."""
     empty = np.broadcast_to(np.zeros((), wanted.dtype), wanted.shape)
-    parts = [np.asarray(tensors[name]) for name in leaf.names]
+    parts = [_as_numpy(name, tensors[name]) for name in leaf.names]
     for name, part, like in zip(leaf.names, parts, leaf.to_tensors(empty), strict=True):
         if part.shape != like.shape:
             raise ValueError(f"`{name}` must have shape {like.shape}. Got {part.shape}.")
     if leaf is _TABLE:
-        return jnp.asarray(_checked_table(parts[0], config.num_experts))
-    for name, part in zip(leaf.names, parts, strict=True):
-        # Numbers of one byte mean nothing without their scales.
-        if not jnp.issubdtype(part.dtype, jnp.floating) or part.dtype.itemsize < 2:
-            raise TypeError(f"`{name}` must hold 16 to 64-bit floating point. Got {part.dtype}.")
-    if leaf is _BIAS and not np.isfinite(parts[0].astype(np.float64)).all():
+        return jnp.array(_checked_table(parts[0], config.num_experts))
+    narrowed = [
+        _narrowed(name, part, wanted.dtype) for name, part in zip(leaf.names, parts, strict=True)
+    ]
+    if leaf is _BIAS and not np.isfinite(narrowed[0]).all():
         raise ValueError(f"`{leaf.names[0]}` must be finite. Got NaN or infinity.")
-    return jnp.asarray(leaf.from_tensors(*parts), wanted.dtype)
+    # A copy: `jnp.asarray` may share the memory of a numpy array, which its owner may change.
+    return jnp.array(leaf.from_tensors(*narrowed), copy=True)
+
+
+def _as_numpy(name: str, tensor: Any) -> np.ndarray:
+    try:
+        return np.asarray(tensor)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"`{name}` must be an array that numpy can read: {error}") from error
+
+
+def _narrowed(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    # Numbers of one byte mean nothing without their scales.
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:
+        raise TypeError(f"`{name}` must hold 16 to 64-bit floating point. Got {array.dtype}.")
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        narrowed = array.astype(dtype)
+    if (np.isinf(narrowed) & np.isfinite(array)).any():
+        raise ValueError(f"`{name}` must fit {dtype}. Got {np.abs(array).max():.3g}.")
+    return narrowed
 
 
 def _checked_table(table: np.ndarray, num_experts: int) -> np.ndarray:
