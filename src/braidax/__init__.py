@@ -15,6 +15,8 @@ from ._balance import updated_bias as updated_bias
 
 # Weights
 from ._checkpoint import from_state_dict as from_state_dict
+from ._checkpoint import load_moe as load_moe
+from ._checkpoint import save_moe as save_moe
 from ._checkpoint import to_state_dict as to_state_dict
 
 # Configuration

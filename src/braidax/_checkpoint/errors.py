@@ -1,0 +1,8 @@
+"""One form for everything that can be wrong with a file."""
+
+import os
+
+
+def mistake(path: str | os.PathLike[str], name: str, must: str, got: object) -> ValueError:
+    """The error to raise: which file, which tensor or part of it, what was expected and found."""
+    return ValueError(f"{os.fspath(path)}: `{name}` must {must}. Got {got}.")

@@ -1,0 +1,93 @@
+"""A writer of safetensors files that holds one tensor at a time.
+
+**Source:** the format description of huggingface/safetensors.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from .dtypes import DTYPES, FLOAT4, NAMES, PACKED, size_in_bits
+from .errors import mistake
+
+_ORDER = {name: position for position, name in enumerate(DTYPES)}
+
+
+class Lazy(NamedTuple):
+    """A tensor that is made when its turn to be written comes.
+
+    `dtype` is the name in the file and `shape` counts elements. `make` returns an array of that
+    many bytes: of that dtype and shape, or any view of its bytes (4-bit numbers already packed).
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray | Lazy],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write named arrays to `path`, replacing the file only once all is written.
+
+    Wide elements come first, so every tensor is aligned; float4_e2m1fn is packed two a byte.
+
+    **Raises:** `ValueError` naming file and tensor for a dtype that the format does not have, or
+    4-bit numbers in an odd last axis.
+    """
+    path = pathlib.Path(path)
+    lazy = {name: _lazy(path, name, tensor) for name, tensor in tensors.items()}
+    ordered = sorted(lazy.items(), key=lambda item: (_ORDER[item[1].dtype], item[0]))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, tensor in ordered:
+        size = _num_bytes(tensor)
+        offsets = [position, position + size]
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+        position += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    # In the same folder: a rename does not cross file systems.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, tensor in ordered:
+                _write(file, path, name, tensor)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _lazy(path: pathlib.Path, name: str, tensor: np.ndarray | Lazy) -> Lazy:
+    if not isinstance(tensor, Lazy):
+        array = np.asarray(tensor)
+        if array.dtype not in NAMES:
+            raise mistake(path, name, f"have a dtype among {', '.join(DTYPES)}", array.dtype)
+        tensor = Lazy(NAMES[array.dtype], array.shape, lambda: array)
+    if tensor.dtype == PACKED and (not tensor.shape or tensor.shape[-1] % 2):
+        raise mistake(path, name, "have an even last axis", f"shape {tensor.shape}")
+    return tensor
+
+
+def _num_bytes(tensor: Lazy) -> int:
+    return math.prod(tensor.shape) * size_in_bits(tensor.dtype) // 8
+
+
+def _write(file: BinaryIO, path: pathlib.Path, name: str, tensor: Lazy) -> None:
+    array = np.ascontiguousarray(tensor.make())
+    if array.dtype == FLOAT4:
+        codes = array.view(np.uint8).reshape(-1, 2)
+        array = codes[:, 0] & 15 | codes[:, 1] << 4
+    if array.nbytes != _num_bytes(tensor):
+        must = f"be made of {_num_bytes(tensor)} bytes, {tensor.dtype} {list(tensor.shape)}"
+        raise mistake(path, name, must, f"{array.nbytes} bytes")
+    file.write(array.reshape(-1).view(np.uint8).data)
