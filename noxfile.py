@@ -12,6 +12,7 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = False
 
 PROJECT = nox.project.load_toml("pyproject.toml")
+BENCH = ("--groups", "layers", "decode", "bfloat16", "skew", "tokens", "experts")
 LINTED = ("src", "tests", "notebooks", "noxfile.py")
 
 
@@ -27,14 +28,6 @@ def lowest(requirement: str) -> str:
     if bound.operator not in (">=", "=="):
         raise ValueError(f"{requirement} must have one lower bound.")
     return f"{parsed.name}=={bound.version}"
-
-
-def run_when_built(session: nox.Session, folder: str, issue: int) -> None:
-    """Run the tests of a folder that an issue of its own fills."""
-    if not any(pathlib.Path(folder).glob("test_*.py")):
-        session.error(f"not built yet: see issue {issue}")
-    session.install("-e", ".", *group("test"))
-    session.run("pytest", folder, *session.posargs)
 
 
 @nox.session
@@ -85,10 +78,13 @@ def parity(session: nox.Session) -> None:
     session.run("pytest", "tests/parity", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(default=False, venv_backend="virtualenv")
 def bench(session: nox.Session) -> None:
-    """Measure speed and memory."""
-    run_when_built(session, "tests/benchmarks", issue=4)
+    """Measure the layer beside its peers in torch; arguments go to `python -m braidax bench`."""
+    for requirement in group("parity"):
+        session.install(requirement)
+    session.install(".[plot]")
+    session.run("python", "-m", "braidax", "bench", *(session.posargs or BENCH))
 
 
 @nox.session(default=False)

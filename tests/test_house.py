@@ -26,6 +26,7 @@ RANKS = (
     ("_moe",),
     ("_parallel", "_checkpoint", "_inspect"),
     ("_training",),
+    ("_bench",),
     ("__init__",),
     ("__main__",),
 )

@@ -1,13 +1,16 @@
-"""The command line: `python -m braidax train`."""
+"""The command line: `python -m braidax train`, `summary` and `bench`."""
 
 import argparse
 import dataclasses
 import datetime
+import io
 import os
 import pathlib
 import sys
 from typing import Any, NoReturn
 
+from ._bench.candidates import DIRECTIONS
+from ._checks import one_line
 from ._training.settings import Settings, UserError, flag
 
 _KINDS: dict[Any, dict[str, Any]] = {
@@ -21,7 +24,11 @@ _KINDS: dict[Any, dict[str, Any]] = {
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line and exit code 2, without the usage text that argparse puts before it."""
-        self.exit(2, f"{self.prog}: error: {message} (try --help)\n")
+        self.fail(f"{message} (try --help)")
+
+    def fail(self, message: str) -> NoReturn:
+        """The same where the help would not help."""
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,6 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(prog="python -m braidax", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _add_train(commands)
+    _add_summary(commands)
+    _add_bench(commands)
+    # A path may hold bytes that are no text; printing it must not end the run.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = vars(parser.parse_args(arguments))
     run = options.pop("run")
     command_parser: _Parser = options.pop("parser")
@@ -36,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(options)
     except UserError as error:
-        command_parser.error(str(error))
+        command_parser.fail(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -54,7 +67,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--out",
-        type=pathlib.Path,
+        type=_folder,
         default=argparse.SUPPRESS,
         metavar="DIR",
         help="folder for checkpoint.eqx, metrics.csv, report.json and balance.png"
@@ -62,7 +75,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--resume",
-        type=pathlib.Path,
+        type=_folder,
         default=argparse.SUPPRESS,
         metavar="DIR",
         help="continue the run in DIR exactly where its checkpoint stands; all settings come from"
@@ -71,6 +84,12 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     for field in dataclasses.fields(Settings):
         _add_setting(parser, field)
     parser.set_defaults(run=_train, parser=parser)
+
+
+def _folder(name: str) -> pathlib.Path:
+    if "\0" in name:
+        raise argparse.ArgumentTypeError("a name must not hold a zero byte")
+    return pathlib.Path(name)
 
 
 def _add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
@@ -104,6 +123,71 @@ def _train(options: dict) -> int:
         options["text"] = os.path.abspath(options["text"])
     now = datetime.datetime.now(datetime.UTC)
     return loop.start(Settings(**options), folder or pathlib.Path("runs", f"{now:%Y%m%d-%H%M%S}"))
+
+
+def _add_summary(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "summary",
+        allow_abbrev=False,
+        help="what a checkpoint holds",
+        description="Layers, routers, dtypes, bytes and parameters of a safetensors checkpoint,"
+        " from the headers of its files.",
+    )
+    parser.add_argument("path", type=_folder, help="a folder, an index or a .safetensors file")
+    parser.add_argument("--layer", type=int, metavar="N", help="only layer N, from 0")
+    parser.set_defaults(run=_summary, parser=parser)
+
+
+def _summary(options: dict) -> int:
+    from ._checkpoint.summary import summarise
+    from ._checkpoint.summary_text import format_summary
+
+    try:
+        print(format_summary(summarise(options["path"], options["layer"])))
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
+    return 0
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "bench",
+        allow_abbrev=False,
+        help="measure the layer against its peers",
+        description="Interleaved timings of the experts of a layer against plain matrix products"
+        " of equal FLOPs and, where torch and transformers are installed, transformers' experts."
+        " Only ratios within one run mean anything.",
+    )
+    parser.add_argument(
+        "--groups",
+        nargs="+",
+        default=["layers"],
+        metavar="GROUP",
+        help="of layers, decode, bfloat16, skew, tokens, experts, accelerator (default: layers)",
+    )
+    parser.add_argument(
+        "--directions",
+        nargs="+",
+        default=list(DIRECTIONS),
+        metavar="DIRECTION",
+        help=f"of {' and '.join(DIRECTIONS)} (default: both)",
+    )
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=["auto"],
+        metavar="NAME",
+        help="the first is ours, the others are peers (default: auto)",
+    )
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="samples (default: 7)")
+    parser.add_argument("--out", type=_folder, metavar="DIR", help="for bench.json and bench.png")
+    parser.set_defaults(run=_bench, parser=parser)
+
+
+def _bench(options: dict) -> int:
+    from ._bench.report import run_and_report
+
+    return run_and_report(**options)
 
 
 if __name__ == "__main__":

@@ -56,3 +56,9 @@ def last_axis(name: str, array: Any, size: int, size_name: str) -> None:
         raise ValueError(
             f"`{name}` must have shape (*batch, {size_name}={size}). Got {tuple(shape)}."
         )
+
+
+def one_line(message: str) -> str:
+    """`message`, with what was given in it, escaped and cut to about 600 characters."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    return shown if len(shown) <= 600 else shown[:600] + " ..."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import numbers
 import os
 import pathlib
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 from jax.core import Tracer
 
-from ._checks import integer, positive_integer, positive_number
+from ._checks import integer, one_line, positive_integer, positive_number
 
 _POSITIVE_INTEGERS = (
     *("hidden_size", "intermediate_size", "num_experts", "num_experts_per_token", "vocab_size"),
@@ -17,6 +18,7 @@ _POSITIVE_INTEGERS = (
 )
 _POSITIVE_NUMBERS = ("scaling_factor", "swiglu_limit", "shared_swiglu_limit", "temperature")
 _MAY_BE_NONE = ("vocab_size", "swiglu_limit", "shared_swiglu_limit")
+_set = object.__setattr__  # the dataclass is frozen; only construction writes
 KNOWN_SCORE_FUNCTIONS = ("sqrtsoftplus", "sigmoid", "softmax")
 
 
@@ -60,20 +62,19 @@ class MoEConfig:
 
     def __post_init__(self):
         if self.shared_swiglu_limit is _SAME_AS_SWIGLU_LIMIT:
-            self._set("shared_swiglu_limit", self.swiglu_limit)
+            _set(self, "shared_swiglu_limit", self.swiglu_limit)
+        for name, value in vars(self).items():
+            _check_size(name, value)
         checks = dict.fromkeys(_POSITIVE_INTEGERS, positive_integer)
         for name, check in {**checks, **dict.fromkeys(_POSITIVE_NUMBERS, positive_number)}.items():
             value = getattr(self, name)
             if not (value is None and name in _MAY_BE_NONE):
-                self._set(name, check(name, value))
+                _set(self, name, check(name, value))
         if not isinstance(self.normalize, bool):
             raise TypeError(f"`normalize` must be a bool. Got {self.normalize!r}.")
         for name in ("num_shared_experts", "num_hash_layers"):
-            self._set(name, integer(name, getattr(self, name), 0))
+            _set(self, name, integer(name, getattr(self, name), 0))
         self._check_combinations()
-
-    def _set(self, name: str, value: object):
-        object.__setattr__(self, name, value)  # the dataclass is frozen; only construction writes
 
     def _check_combinations(self):
         known = self.score_function in KNOWN_SCORE_FUNCTIONS
@@ -109,8 +110,8 @@ class MoEConfig:
         origin, raw = _read(source)
         try:
             return cls(**_fields_from_hf(raw))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{origin}: {error}") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{origin}: {one_line(str(error))}") from error
 
     # The presets' positional arguments are in the order of the fields above.
 
@@ -149,12 +150,17 @@ def is_hash_layer(config: MoEConfig, layer_idx: int) -> bool:
 
     The answer decides which parameters exist, so `layer_idx` must be static, not traced.
 
-    Raises `TypeError` for anything but an integer (a traced value, a bool) and `ValueError`
-    below 0.
+    Raises `TypeError` for anything but an integer (traced, a bool) and `ValueError` below 0.
     """
     if isinstance(layer_idx, Tracer):
         raise TypeError(f"`layer_idx` must be static, not traced. Got {layer_idx}.")
     return integer("layer_idx", layer_idx, 0) < config.num_hash_layers
+
+
+def _check_size(name: str, value: Any):
+    power = 127 if name in _POSITIVE_NUMBERS else 31  # float32 and int32 on the device
+    huge = isinstance(value, numbers.Real) and value >= 2**power
+    _require(not huge, name, f"be finite and below 2**{power}", f"{value!r:.60}")
 
 
 def _require(condition: bool, name: str, rule: str, given: str):
@@ -188,17 +194,17 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapp
     if isinstance(source, Mapping):
         return "config", source
     path = pathlib.Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no configuration file at {path}.")
+    if not os.path.isfile(path):  # False, where pathlib raises, for a name that is too long
+        raise FileNotFoundError(one_line(f"There is no configuration file at {path}."))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {one_line(str(error))}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a JSON object. Got {type(content).__name__}.")
-    return str(path), content
+    return one_line(str(path)), content
 
 
 def _fields_from_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,17 +222,17 @@ def _fields_from_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"the key {' or '.join(f'`{key}`' for key in keys)} is missing.")
     fields["num_hash_layers"] = _num_hash_layers(raw)
     limit = raw.get("swiglu_limit")
-    fields["swiglu_limit"] = None if isinstance(limit, int | float) and limit <= 0 else limit
-    return fields
+    no_clamp = isinstance(limit, int | float) and limit is not False and limit <= 0
+    return {**fields, "swiglu_limit": None if no_clamp else limit}
 
 
 def _one_value(raw: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     given = {key: raw[key] for key in keys if raw.get(key) is not None}
-    values = list(given.values())
-    if any(value != values[0] for value in values):
-        spelled = ", ".join(f"`{key}` = {value!r}" for key, value in given.items())
+    value = next(iter(given.values()), None)
+    if any(other != value for other in given.values()):
+        spelled = ", ".join(f"`{key}` = {other!r}" for key, other in given.items())
         raise ValueError(f"conflicting spellings of one value: {spelled}.")
-    return values[0] if values else None
+    return value
 
 
 def _num_hash_layers(raw: Mapping[str, Any]) -> Any:
@@ -239,5 +245,4 @@ def _num_hash_layers(raw: Mapping[str, Any]) -> Any:
     count = sum(layer_type == "hash_moe" for layer_type in layer_types)
     if any(layer_type != "hash_moe" for layer_type in layer_types[:count]):
         raise ValueError("`mlp_layer_types` must list every hash_moe layer before all others.")
-    both = {"num_hash_layers": released, "mlp_layer_types": count}
-    return _one_value(both, ("num_hash_layers", "mlp_layer_types"))
+    return _one_value({**raw, "mlp_layer_types": count}, ("num_hash_layers", "mlp_layer_types"))

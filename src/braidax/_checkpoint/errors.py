@@ -2,7 +2,9 @@
 
 import os
 
+from .._checks import one_line
+
 
 def mistake(path: str | os.PathLike[str], name: str, must: str, got: object) -> ValueError:
     """The error to raise: which file, which tensor or part of it, what was expected and found."""
-    return ValueError(f"{os.fspath(path)}: `{name}` must {must}. Got {got}.")
+    return ValueError(one_line(f"{os.fspath(path)}: `{name}` must {must}. Got {got}."))

@@ -10,17 +10,17 @@ from .._balance import expert_load
 from .._routing import Routing
 
 # Okabe and Ito's palette, told apart with every common colour blindness.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 
 
-def _new_axes(width: float, height: float) -> Any:
+def new_axes(width: float, height: float) -> Any:
     # A Figure of its own, not pyplot's: nothing global is created, shown or leaked.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
-def _require_matplotlib() -> None:
+def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -70,7 +70,7 @@ def plot_load(
 
     Raises `ImportError` without matplotlib and `ValueError` for shapes or names that do not fit.
     """
-    _require_matplotlib()
+    require_matplotlib()
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.ticker import MaxNLocator
 
@@ -80,7 +80,7 @@ def plot_load(
     mean = table.mean(axis=1, keepdims=True)
     ratio = np.divide(table, mean, out=np.zeros_like(table), where=mean > 0)
     if ax is None:
-        ax = _new_axes(7.0, min(12.0, max(3.0, 1.4 + 0.22 * num_layers)))
+        ax = new_axes(7.0, min(12.0, max(3.0, 1.4 + 0.22 * num_layers)))
     norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=max(2.0, float(np.nanmax(ratio))))
     image = ax.imshow(ratio, aspect="auto", cmap="PuOr", norm=norm, interpolation="nearest")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
@@ -108,7 +108,7 @@ def plot_balance(
 
     Raises `ImportError` without matplotlib and `ValueError` for shapes or names that do not fit.
     """
-    _require_matplotlib()
+    require_matplotlib()
     from matplotlib.ticker import MaxNLocator
 
     steps, values = np.asarray(steps), np.asarray(max_violation, dtype=np.float64)
@@ -119,9 +119,9 @@ def plot_balance(
         )
     names = _names(layer_names, values.shape[1])
     if ax is None:
-        ax = _new_axes(7.0, 4.0)
-    many = len(names) > len(_COLOURS)
-    colours = _layer_scale(ax, names) if many else _COLOURS
+        ax = new_axes(7.0, 4.0)
+    many = len(names) > len(COLOURS)
+    colours = _layer_scale(ax, names) if many else COLOURS
     marker = "o" if len(steps) < 2 else None  # one point draws no line
     for layer, name in enumerate(names):
         ax.plot(steps, values[:, layer], color=colours[layer], label=name, marker=marker, lw=1.5)

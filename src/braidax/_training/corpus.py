@@ -25,6 +25,7 @@ _LEFT_OUT_FOLDERS = {
 # Written when Python is built: they differ between two builds of one version.
 _LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-")
 _HELD_OUT_ONE_IN = 10
+_MOST_BYTES = 2**30
 
 
 class CorpusError(UserError):
@@ -90,14 +91,18 @@ def read_corpus(text: str | None = None) -> Corpus:
     if text is None:
         root = pathlib.Path(sysconfig.get_path("stdlib"))
         source = "the Python standard library's source"
-        names = [name for name in _walk(root) if _is_library_source(name)]
+        names = filter(_is_library_source, _walk(root))
     else:
         root, source = pathlib.Path(text), text
-        if not root.exists():
-            raise CorpusError(f"--text {text}: no such file or folder")
-        names = list(_walk(root)) if root.is_dir() else [root.name]
-        root = root if root.is_dir() else root.parent
-    contents = {name: _read(root / name) for name in sorted(names)}
+        # `os.path` answers False where `pathlib` raises, as for a name that is too long. A device
+        # or a pipe is neither of the two and might never end.
+        if not (os.path.isfile(text) or os.path.isdir(text)):
+            known = os.path.exists(text)
+            reason = "neither a file nor a folder" if known else "no such file or folder"
+            raise CorpusError(f"--text {text}: {reason}")
+        names = _walk(root) if os.path.isdir(text) else iter([root.name])
+        root = root if os.path.isdir(text) else root.parent
+    contents = {name: _read(root / name) for name in sorted(_small_enough(source, root, names))}
     kept = {name: data for name, data in contents.items() if data and b"\0" not in data}
     empty = sum(not data for data in contents.values())
     binary = len(contents) - len(kept) - empty
@@ -134,7 +139,7 @@ def _walk(root: pathlib.Path) -> Iterator[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             path = pathlib.Path(folder, name)
-            if not name.startswith(".") and path.is_file():
+            if not name.startswith(".") and os.path.isfile(path):
                 yield path.relative_to(root).as_posix()
 
 
@@ -150,6 +155,19 @@ def _is_library_source(name: str) -> bool:
         and not _LEFT_OUT_FOLDERS.intersection(parts)
         and not any(part.startswith(_LEFT_OUT_PREFIXES) for part in parts)
     )
+
+
+def _small_enough(source: str, root: pathlib.Path, names: Iterator[str]) -> Iterator[str]:
+    """All of `names`, or an error: a whole disk, named by mistake, must not be read."""
+    size = 0
+    for name in names:
+        try:
+            size += os.path.getsize(root / name)
+        except OSError as error:
+            _refuse(error)
+        if size > _MOST_BYTES:
+            raise CorpusError(f"{source}: too long: at most {_MOST_BYTES:,} bytes are read")
+        yield name
 
 
 def _read(path: pathlib.Path) -> bytes:

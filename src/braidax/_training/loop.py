@@ -1,15 +1,19 @@
 """The training program: start or resume a run, stop it cleanly, report at its end."""
 
+import os
 import pathlib
 import shlex
 import time
 
+import numpy as np
 import optax
+from jaxtyping import Int
 
 from . import checkpoint
 from .checkpoint import CheckpointError, Header
 from .corpus import Corpus, check_length, read_corpus
 from .interrupt import StopRequest
+from .memory import check_memory, memory_errors_named
 from .progress import Progress
 from .report import draw_balance, write_report
 from .settings import Settings
@@ -20,16 +24,18 @@ from .windows import training_windows
 def start(settings: Settings, folder: pathlib.Path) -> int:
     """Train from the beginning and return the exit code.
 
-    Raises `CorpusError` or `CheckpointError`, both `UserError`s.
+    Raises `UserError`, most often one of its kinds `CorpusError` and `CheckpointError`.
     """
+    check_memory(settings)
     corpus = read_corpus(settings.text)
     check_length(corpus, settings.length)
-    if (folder / checkpoint.FILE_NAME).exists():
+    if os.path.lexists(folder / checkpoint.FILE_NAME):
         raise CheckpointError(
             f"--out {folder} already holds a run: continue it with --resume or name another folder"
         )
     optimizer = make_optimizer(settings)
-    state = initial_state(settings, optimizer)
+    with memory_errors_named():
+        state = initial_state(settings, optimizer)
     # Saved before the first step too: a run killed while it compiles can be resumed.
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,6 +51,7 @@ def resume(folder: pathlib.Path) -> int:
     Raises `CorpusError` or `CheckpointError`, the latter also when the text has changed.
     """
     header = checkpoint.read_header(folder)
+    check_memory(header.settings)
     corpus = read_corpus(header.settings.text)
     check_length(corpus, header.settings.length)
     if corpus.sha256 != header.corpus_sha256:
@@ -67,29 +74,44 @@ def _train(
     *,
     first_step: int,
 ) -> int:
+    saved_step = first_step
     begin = time.perf_counter()
     print(corpus.describe(), flush=True)
     step = make_step(settings, optimizer)
-    with Progress(settings, folder, first_step) as progress, StopRequest() as request:
-        for done in range(first_step + 1, settings.steps + 1):
-            windows = training_windows(
-                corpus.training,
-                batch=settings.batch,
-                length=settings.length,
-                seed=settings.seed,
-                step=done,
-            )
-            state, metrics = step(windows, state)
-            if progress.is_due(done):
-                progress.record(done, metrics)
-            stop = request.signal_number
-            if stop or done == settings.steps or done % settings.checkpoint_every == 0:
-                checkpoint.save(folder, Header(settings, done, corpus.sha256), state)
-            if stop:
-                command = f"python -m braidax train --resume {shlex.quote(str(folder))}"
-                progress.say(f"stopped after step {done}; continue with: {command}")
-                return 128 + stop
-    print(write_report(folder, settings, corpus, state.model), flush=True)
-    print(draw_balance(folder, settings))
+    try:
+        with Progress(settings, folder, first_step) as progress, StopRequest() as request:
+            for done in range(first_step + 1, settings.steps + 1):
+                with memory_errors_named():
+                    state, metrics = step(_windows(corpus, settings, done), state)
+                if progress.is_due(done):
+                    progress.record(done, metrics)
+                stop = request.signal_number
+                if stop or done == settings.steps or done % settings.checkpoint_every == 0:
+                    checkpoint.save(folder, Header(settings, done, corpus.sha256), state)
+                    saved_step = done
+                if stop:
+                    progress.say(f"stopped after step {done}; continue with: {_command(folder)}")
+                    return 128 + stop
+        print(write_report(folder, settings, corpus, state), flush=True)
+        print(draw_balance(folder, settings))
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to {folder}: {error.strerror}; its checkpoint of step {saved_step} is"
+            f" whole: once the folder takes writes, continue with: {_command(folder)}"
+        ) from error
     print(f"{time.perf_counter() - begin:.0f} s; checkpoint, metrics and report in {folder}")
     return 0
+
+
+def _windows(corpus: Corpus, settings: Settings, step: int) -> Int[np.ndarray, "batch _"]:
+    return training_windows(
+        corpus.training,
+        batch=settings.batch,
+        length=settings.length,
+        seed=settings.seed,
+        step=step,
+    )
+
+
+def _command(folder: pathlib.Path) -> str:
+    return f"python -m braidax train --resume {shlex.quote(str(folder))}"

@@ -11,7 +11,7 @@ from .settings import Settings
 from .step import StepMetrics
 
 FILE_NAME = "metrics.csv"
-_COLUMNS = ("step", "loss", "bits_per_byte", "tokens_per_second")
+_COLUMNS = ("step", "loss", "bits_per_byte", "tokens_per_second", "skipped_steps")
 
 
 class Progress:
@@ -23,9 +23,9 @@ class Progress:
     def __init__(self, settings: Settings, folder: pathlib.Path, first_step: int):
         self._settings, self._path = settings, folder / FILE_NAME
         self._last_step, self._bar = first_step, None
-        rows = _rows_until(self._path, first_step)
-        columns = [f"max_violation_layer_{layer}" for layer in range(len(settings.layer_names()))]
-        _rewrite(self._path, [*_COLUMNS, *columns], rows)
+        layers = range(len(settings.layer_names()))
+        columns = [*_COLUMNS, *(f"max_violation_layer_{layer}" for layer in layers)]
+        _rewrite(self._path, columns, _rows_until(self._path, first_step, len(columns)))
 
     def __enter__(self) -> "Progress":
         self._bar = _new_bar(self._settings.steps, self._last_step)
@@ -43,13 +43,15 @@ class Progress:
     def record(self, step: int, metrics: StepMetrics) -> None:
         """Print and write `metrics`, waiting for the step to end."""
         loss, violations = float(metrics.loss), [float(v) for v in metrics.max_violation]
+        skipped = int(metrics.skipped)
         now = time.perf_counter()
         tokens = (step - self._last_step) * self._settings.batch * self._settings.length
         speed = tokens / max(now - self._last_time, 1e-9)
         with open(self._path, "a", newline="") as file:
             bits = loss / math.log(2)
-            csv.writer(file).writerow([step, loss, bits, round(speed), *violations])
-        self.say(self._line(step, loss, speed, violations))
+            csv.writer(file).writerow([step, loss, bits, round(speed), skipped, *violations])
+        note = f"  skipped {skipped}" if skipped else ""
+        self.say(self._line(step, loss, speed, violations) + note)
         if self._bar is not None:
             self._bar.update(step - self._last_step)
         self._last_step, self._last_time = step, now
@@ -87,14 +89,16 @@ def read_history(folder: pathlib.Path) -> tuple[list[int], list[list[float]]]:
     return [int(row[0]) for row in rows], [[float(v) for v in row[len(_COLUMNS) :]] for row in rows]
 
 
-def _rows_until(path: pathlib.Path, step: int) -> list[list[str]]:
-    """Rows up to and including `step`: what came after the checkpoint is going to be repeated."""
+def _rows_until(path: pathlib.Path, step: int, num_columns: int) -> list[list[str]]:
+    """Rows up to and including `step`: what came after the checkpoint is going to be repeated.
+
+    A row with too few columns was cut off by a kill: its first number need not be a step.
+    """
     if step == 0 or not path.exists():
         return []
-    with open(path, newline="") as file:
-        return [
-            row for row in csv.reader(file) if row and row[0].isdecimal() and int(row[0]) <= step
-        ]
+    with open(path, newline="", errors="replace") as file:
+        whole = [row for row in csv.reader(file) if len(row) == num_columns and row[0].isdecimal()]
+    return [row for row in whole if int(row[0]) <= step]
 
 
 def _rewrite(path: pathlib.Path, columns: list[str], rows: list[list[str]]) -> None:

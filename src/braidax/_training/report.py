@@ -19,17 +19,17 @@ from .filters import trainable
 from .language_model import LanguageModel
 from .progress import format_layers, read_history
 from .settings import Settings
-from .step import evaluate
+from .step import State, evaluate
 from .windows import held_out_windows
 
 
-def write_report(
-    folder: pathlib.Path, settings: Settings, corpus: Corpus, model: LanguageModel
-) -> str:
-    """Evaluate `model` on held-out text, write report.json and return the lines to print.
+def write_report(folder: pathlib.Path, settings: Settings, corpus: Corpus, state: State) -> str:
+    """Evaluate the model on held-out text, write report.json and return the lines to print.
 
     The file holds no times: a resumed run writes the same bytes as one that was never stopped.
+    A figure that is not finite is null in it.
     """
+    model, skipped = state.model, int(state.skipped)
     bits_per_byte, num_bytes, loads = _held_out_pass(settings, corpus, model)
     layers = [_layer(name, load) for name, load in zip(settings.layer_names(), loads, strict=True)]
     total, active = _num_parameters(settings, model)
@@ -38,14 +38,19 @@ def write_report(
         "versions": _versions(),
         "corpus": corpus.identity(),
         "parameters": {"total": total, "active_per_token": active},
-        "validation_bits_per_byte": bits_per_byte,
+        "skipped_steps": skipped,
+        "validation_bits_per_byte": bits_per_byte if math.isfinite(bits_per_byte) else None,
         "validation_bytes": num_bytes,
         "layers": layers,
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     violations = [layer["max_violation"] for layer in layers]
     dead = " ".join(str(layer["dead_experts"]) for layer in layers) or "-"
-    return (
+    note = (
+        f"skipped: {skipped} of {settings.steps} steps changed nothing, because loss, gradient or"
+        " new parameters were not finite\n"
+    )
+    return (note if skipped else "") + (
         f"parameters: {total:,}, of which {active:,} used for each byte\n"
         f"validation: {bits_per_byte:.4f} bits/byte on {num_bytes:,} held-out bytes"
         f"  MaxVio {format_layers(settings, violations)}  dead experts {dead}"
@@ -112,10 +117,11 @@ def _num_parameters(settings: Settings, model: LanguageModel) -> tuple[int, int]
 
 def _versions() -> dict[str, str]:
     names = ("braidax", "jax", "equinox", "optax", "numpy")
-    return {"python": platform.python_version()} | {name: _version(name) for name in names}
+    return {"python": platform.python_version()} | {name: installed_version(name) for name in names}
 
 
-def _version(name: str) -> str:
+def installed_version(name: str) -> str:
+    """Of a distribution; words where it is used without being installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -60,11 +60,7 @@ class Settings:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, minimum = getattr(self, field.name), field.metadata["minimum"]
-            if minimum is not None and not (math.isfinite(value) and value >= minimum):
-                raise UserError(f"{flag(field.name)} must be at least {minimum}. Got {value}.")
-        if self.seed >= 2**32:
-            raise UserError(f"--seed must be below 2**32. Got {self.seed}.")
+            _check(flag(field.name), getattr(self, field.name), field)
         if self.hidden % (2 * self.heads):
             raise UserError(
                 "--hidden must be a multiple of twice --heads (positions rotate pairs)."
@@ -106,6 +102,27 @@ class Settings:
         ones of a routed layer: experts in use, shared experts and the gate."""
         active = (self.experts_per_token + self.shared_experts) * self.intermediate
         return active + math.ceil(self.experts / 3)
+
+
+def _check(name: str, value: Any, field: dataclasses.Field) -> None:
+    """Raise `UserError` unless `value` has the field's type and lies in its range."""
+    # `int` is no instance check: True is an int, and 3 does as a rate.
+    allowed = {bool: (bool,), int: (int,), float: (int, float)}.get(field.type, (str, type(None)))
+    if type(value) not in allowed:
+        raise UserError(f"{name} must be of type {_type_name(field.type)}. Got {value!r:.60}.")
+    minimum = field.metadata["minimum"]
+    if minimum is None:
+        return
+    if not value >= minimum:
+        raise UserError(f"{name} must be at least {minimum}. Got {value}.")
+    # Counts are int32 in the compiled step, rates float32; seeds have 32 bits.
+    power = 32 if name == "--seed" else (127 if field.type is float else 31)
+    if value >= 2**power:
+        raise UserError(f"{name} must be below 2**{power}. Got {value!r:.60}.")
+
+
+def _type_name(kind: Any) -> str:
+    return getattr(kind, "__name__", str(kind))
 
 
 def flag(name: str) -> str:

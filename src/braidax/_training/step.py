@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._balance import expert_load, max_violation
 from .filters import decay_mask, rebalance, trainable
@@ -15,18 +15,27 @@ from .settings import Settings
 
 
 class State(eqx.Module):
-    """What a step changes and a checkpoint holds. `step` counts the steps done."""
+    """What a step changes and a checkpoint holds.
+
+    `step` counts the updates made and `skipped` the steps that made none: their sum is the number
+    of steps done.
+    """
 
     model: LanguageModel
     optimizer_state: PyTree
     step: Int[Array, ""]
+    skipped: Int[Array, ""]
 
 
 class StepMetrics(eqx.Module):
-    """Loss in nats per byte and, for each routed layer, MaxVio of this step's windows."""
+    """Loss in nats per byte and, for each routed layer, MaxVio of this step's windows.
+
+    `skipped` is the number of steps skipped since the run began.
+    """
 
     loss: Float[Array, ""]
     max_violation: Float[Array, " _"]
+    skipped: Int[Array, ""]
 
 
 def make_schedule(settings: Settings, peak: float) -> optax.Schedule:
@@ -53,9 +62,9 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
 def initial_state(settings: Settings, optimizer: optax.GradientTransformation) -> State:
     """A model from `settings.seed` and its optimizer state."""
     model = LanguageModel(settings, key=jax.random.key(settings.seed))
-    return State(
-        model, optimizer.init(eqx.filter(model, trainable(model))), jnp.zeros((), jnp.int32)
-    )
+    optimizer_state = optimizer.init(eqx.filter(model, trainable(model)))
+    # Two arrays: a buffer cannot be donated twice.
+    return State(model, optimizer_state, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def next_byte_loss(
@@ -72,7 +81,11 @@ def next_byte_loss(
 def make_step(
     settings: Settings, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[State, StepMetrics]]:
-    """`step(windows, state) -> (state, metrics)`, compiled. The old state's memory is reused."""
+    """`step(windows, state) -> (state, metrics)`, compiled. The old state's memory is reused.
+
+    A step whose loss, gradient or new parameters are not finite is skipped: parameters, optimizer
+    state and selection bias stay as they are, bit for bit, and `skipped` goes up by one.
+    """
     balance_rate = make_schedule(settings, settings.balance_rate)
 
     @eqx.filter_jit(donate="all-except-first")
@@ -89,10 +102,29 @@ def make_step(
         if routings:
             # After the optimizer and outside the gradient (Wang et al. 2024, arXiv:2408.15664).
             model = rebalance(model, routings, balance_rate(state.step))
+        # The sum and not the gradients: where only their norm overflows, clipping gives zeros.
+        squares = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradients))
+        finite = _all_finite((loss, squares, model))
+        updated = State(model, optimizer_state, state.step + 1, state.skipped)
+        unchanged = eqx.tree_at(lambda old: old.skipped, state, state.skipped + 1)
+        state = _choose(finite, updated, unchanged)
         violations = jnp.array([max_violation(expert_load(routing)) for routing in routings])
-        return State(model, optimizer_state, state.step + 1), StepMetrics(loss, violations)
+        return state, StepMetrics(loss, violations, state.skipped)
 
     return step
+
+
+def _all_finite(tree: PyTree) -> Bool[Array, ""]:
+    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _choose(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
+    """`yes` or `no`, chosen on the device: asking the host would make every step wait for it."""
+    arrays, static = eqx.partition(yes, eqx.is_array)
+    others = eqx.filter(no, eqx.is_array)
+    chosen = jax.tree.map(lambda a, b: jnp.where(condition, a, b), arrays, others)
+    return eqx.combine(chosen, static)
 
 
 @eqx.filter_jit

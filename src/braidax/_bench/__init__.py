@@ -1,0 +1,1 @@
+"""Measuring: our layer against its peers, interleaved in one process."""
