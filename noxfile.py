@@ -88,6 +88,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def mutants(session: nox.Session) -> None:
+    """Take protections out of a copy of the library and see that tests fail without them."""
+    session.install("-e", ".", *group("test"))
+    session.run("python", "tests/mutants.py", *session.posargs)
+
+
+@nox.session(default=False)
 def build(session: nox.Session) -> None:
     """Build the wheel and check that it is typed and carries its licence."""
     session.install("build")

@@ -36,16 +36,27 @@ class RoutedMoE(eqx.Module):
     router: AbstractRouter
     experts: SwiGLUExperts
     backend: str = eqx.field(static=True)
+    checks: bool = eqx.field(static=True)
 
-    def __init__(self, router: AbstractRouter, experts: SwiGLUExperts, *, backend: str = "auto"):
+    def __init__(
+        self,
+        router: AbstractRouter,
+        experts: SwiGLUExperts,
+        *,
+        backend: str = "auto",
+        checks: bool = False,
+    ):
         """**Arguments:**
 
         - `router`: an `AbstractRouter`.
         - `experts`: a `SwiGLUExperts`, or any module with its call signature.
         - `backend`: `"auto"` (by platform), `"blocks"`, `"ragged"`, or `"dense"`, in which every
             expert computes every token: slow, but differentiable in forward mode too.
+        - `checks`: raise at run time, by `eqx.error_if`, for an id outside the table of a
+            `HashRouter` and for a replayed index of no expert. Without it, the default and what
+            `jax.export` needs, that token gets NaN and no other token changes.
 
-        **Raises:** `ValueError` for an unknown backend, or a router and experts of other sizes.
+        **Raises:** `ValueError` or `TypeError` naming the argument, for sizes that differ too.
         """
         if isinstance(experts, SwiGLUExperts):
             # The last axes: layers may be stacked in front.
@@ -54,6 +65,9 @@ class RoutedMoE(eqx.Module):
         self.router = router
         self.experts = experts
         self.backend = check_backend(backend)
+        if not isinstance(checks, bool):
+            raise TypeError(f"`checks` must be a bool. Got {checks!r}.")
+        self.checks = checks
 
     @classmethod
     def from_config(
@@ -185,9 +199,12 @@ def routed_sum(
     """The four stages, up to the float32 (or wider) sum over experts, not yet rounded."""
     if routing is None:
         routing = block.router(hidden_states, input_ids, mask=mask, key=key)
+        if block.checks:
+            weights = block.router.checked_weights(routing.weights, input_ids, mask)
+            routing = eqx.tree_at(lambda routing: routing.weights, routing, weights)
     else:
         check_replay(block.router, hidden_states, mask, routing)
-        routing = within_range(routing)
+        routing = within_range(routing, checks=block.checks)
     batch, hidden = hidden_states.shape[:-1], hidden_states.shape[-1]
     tokens = zero_masked(hidden_states, routing.mask).reshape(-1, hidden)
     flat_mask = None if routing.mask is None else routing.mask.reshape(-1)

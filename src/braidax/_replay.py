@@ -1,5 +1,6 @@
 """Replaying a given assignment: what is refused, and what poisons a token."""
 
+import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -9,13 +10,24 @@ from ._router.base import check_mask
 from ._routing import Routing
 
 
-def within_range(routing: Routing) -> Routing:
-    """NaN weights for the tokens whose indices name no expert. A router only makes valid ones."""
+def within_range(routing: Routing, *, checks: bool) -> Routing:
+    """NaN weights for the tokens whose indices name no expert, or a run-time error with `checks`.
+    A router only makes valid ones."""
     valid = (routing.indices >= 0) & (routing.indices < routing.scores.shape[-1])
     defined = valid.all(axis=-1, keepdims=True)
+    weights = jnp.where(defined, routing.weights, jnp.nan)
+    if checks:
+        wrong = ~defined[..., 0] if routing.mask is None else ~defined[..., 0] & routing.mask
+        # On the float weights: integers have no NaN for EQX_ON_ERROR=nan to put there.
+        weights = eqx.error_if(
+            weights,
+            wrong,
+            f"`routing.indices` must be in [0, {routing.scores.shape[-1]}). "
+            "Got an index of no expert.",
+        )
     return Routing(
         indices=jnp.where(valid, routing.indices, 0),
-        weights=jnp.where(defined, routing.weights, jnp.nan),
+        weights=weights,
         scores=routing.scores,
         logits=routing.logits,
         mask=routing.mask,

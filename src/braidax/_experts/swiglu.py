@@ -8,6 +8,10 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 from .._checks import floating_dtype, last_axis, positive_integer, positive_number
 from .grouped_matmul import GroupedMatmul, accumulation_dtype
 
+# silu and its slope are exactly 0 from here on down, in every float of 16 to 64 bits. Further down
+# the gradient's product of gate and cotangent overflows, and inf * 0 is NaN.
+_LOWEST_GATE = -1000.0
+
 
 def swiglu(
     gate_up: Float[Array, "*batch gate_and_up"], limit: float | None
@@ -18,12 +22,22 @@ def swiglu(
     half, the reference's is 1. A gate of -inf gives 0, as the limit of silu does.
     """
     gate, up = jnp.split(gate_up, 2, axis=-1)
-    lowest = float(jnp.finfo(gate.dtype).min)
-    gate = jnp.where(gate < lowest, lowest, gate)
+    gate = jnp.where(gate < _LOWEST_GATE, _LOWEST_GATE, gate)
     if limit is not None:
         gate = jnp.where(gate > limit, limit, gate)
         up = jnp.where(up > limit, limit, jnp.where(up < -limit, -limit, up))
     return jax.nn.silu(gate) * up
+
+
+def _check_weights(gate_up: tuple[int, ...], down: tuple[int, ...]) -> None:
+    """The shapes of weights, which may have been replaced since construction, fit together."""
+    *experts, gate_and_up, hidden = gate_up
+    wanted = (*experts, gate_and_up // 2, hidden)
+    if gate_and_up % 2 != 0 or down != wanted:
+        raise ValueError(
+            f"`down` must have shape {wanted}, with half the rows of `gate_up` {gate_up}. "
+            f"Got {down}."
+        )
 
 
 def _uniform(
@@ -84,6 +98,7 @@ class SwiGLU(eqx.Module):
         **Raises:** `ValueError` or `TypeError` at trace time for a wrong width or dtype.
         """
         del key
+        _check_weights(self.gate_up.shape, self.down.shape)
         last_axis("hidden_states", hidden_states, self.gate_up.shape[-1], "hidden")
         dtype = accumulation_dtype(hidden_states, self.gate_up)
         gate_up = jnp.matmul(hidden_states, self.gate_up.T, preferred_element_type=dtype)
@@ -141,7 +156,17 @@ class SwiGLUExperts(eqx.Module):
         - `group_sizes`: int32 `(experts,)`, rows of each expert.
         - `grouped_matmul`: the product to use, from the block's backend.
 
-        **Returns:** `(rows, hidden)` in float32 or wider: the caller sums before it rounds.
+        **Returns:** `(rows, hidden)` in float32 or wider: the caller sums before it rounds. Rows
+        and weights may differ in dtype; activations between the products are not rounded.
+
+        **Raises:** `ValueError` at trace time for weights that do not fit together.
         """
+        _check_weights(self.gate_up.shape, self.down.shape)
+        if self.gate_up.shape[0] != group_sizes.shape[0]:
+            raise ValueError(
+                f"`gate_up` must hold {group_sizes.shape[0]} experts, as many as `group_sizes`. "
+                f"Got {self.gate_up.shape[0]}."
+            )
+        last_axis("rows", rows, self.gate_up.shape[-1], "hidden")
         gate_up = grouped_matmul(rows, self.gate_up, group_sizes, True)
         return grouped_matmul(swiglu(gate_up, self.limit), self.down, group_sizes, False)

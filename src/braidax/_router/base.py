@@ -43,6 +43,17 @@ class AbstractRouter(eqx.Module):
         """Indices of the chosen experts, all within `[0, experts)`, and whether each token has a
         defined answer. A token without one gets NaN weights and leaves all others untouched."""
 
+    def checked_weights(
+        self,
+        weights: Float[Array, "*batch experts_per_token"],
+        input_ids: Integer[Array, "*batch"] | None,
+        mask: Bool[Array, "*batch"] | None,
+    ) -> Float[Array, "*batch experts_per_token"]:
+        """`weights`, tied to a run-time error for ids without an answer: `checks=True` of a block.
+        A router that does not look at ids has nothing to check."""
+        del input_ids, mask
+        return weights
+
     def rebalanced(
         self, load: Int[Array, "*layers experts"], rate: Real[ArrayLike, ""]
     ) -> "AbstractRouter":

@@ -41,7 +41,8 @@ class HashRouter(AbstractRouter):
         num_experts: int,
         num_experts_per_token: int,
         *,
-        table: Int[np.ndarray, "vocab experts_per_token"] | Int[Array, "vocab experts_per_token"],
+        table: Integer[np.ndarray, "vocab experts_per_token"]
+        | Integer[Array, "vocab experts_per_token"],
         score_function: str = "sqrtsoftplus",
         normalize: bool = True,
         scaling_factor: float | int = 1.0,
@@ -84,7 +85,10 @@ class HashRouter(AbstractRouter):
         self.weight = gate_weight(
             hidden_size, num_experts, dtype=floating_dtype("dtype", dtype), key=key
         )
-        self.table = jnp.asarray(hash_tables.from_array(table, num_experts))
+        try:
+            self.table = jnp.asarray(hash_tables.from_array(table, num_experts))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"`table`: {error}") from None
         self.num_experts_per_token = int(num_experts_per_token)
         self.score_function = score_function
         self.normalize = normalize
@@ -99,24 +103,57 @@ class HashRouter(AbstractRouter):
     ) -> tuple[Int[Array, "*batch experts_per_token"], Bool[Array, "*batch"]]:
         """The table's rows at `input_ids`; the scores play no part."""
         del logits
-        batch = scores.shape[:-1]
-        if input_ids is None:
-            raise ValueError(
-                "`input_ids` must be given to a `HashRouter`: it assigns experts by token id. "
-                "Got None."
+        input_ids = _checked_ids(input_ids, scores.shape[:-1])
+        if not jnp.issubdtype(self.table.dtype, jnp.integer):
+            raise TypeError(
+                f"`table` must have an integer dtype. Got {self.table.dtype}: was it averaged or "
+                "cast as a parameter?"
             )
-        dtype = jnp.result_type(input_ids)
-        if not jnp.issubdtype(dtype, jnp.integer):
-            raise TypeError(f"`input_ids` must have an integer dtype. Got {dtype}.")
-        if jnp.shape(input_ids) != batch:
-            raise ValueError(
-                f"`input_ids` must have the shape of `hidden_states` without its last axis, "
-                f"{batch}. Got {jnp.shape(input_ids)}."
-            )
-        if dtype.itemsize < 4:
+        known = self._known(input_ids)
+        rows = jnp.where(known, input_ids, 0).astype(jnp.int32)
+        entries = self.table.at[rows].get(mode="promise_in_bounds")
+        # Checked at construction, but a table may be replaced or deserialised afterwards.
+        valid = (entries >= 0) & (entries < scores.shape[-1])
+        return jnp.where(valid, entries, 0), known & valid.all(axis=-1)
+
+    def checked_weights(
+        self,
+        weights: Float[Array, "*batch experts_per_token"],
+        input_ids: Integer[Array, "*batch"] | None,
+        mask: Bool[Array, "*batch"] | None,
+    ) -> Float[Array, "*batch experts_per_token"]:
+        """`weights`, tied to a run-time error if an unmasked id is outside the table."""
+        unknown = ~self._known(_checked_ids(input_ids, weights.shape[:-1]))
+        # On the float weights: integers have no NaN for EQX_ON_ERROR=nan to put there.
+        return eqx.error_if(
+            weights,
+            unknown if mask is None else unknown & mask,
+            f"`input_ids` must be in [0, vocab={self.table.shape[0]}). Got an id outside.",
+        )
+
+    def _known(self, input_ids: Integer[Array, "*batch"]) -> Bool[Array, "*batch"]:
+        """Which ids have a row in the table."""
+        if jnp.result_type(input_ids).itemsize < 4:
             # The vocabulary size itself may not fit the narrow type.
             input_ids = input_ids.astype(jnp.int32)
         # Compared in their own dtype: narrowing first would wrap large ids into range.
-        known = (input_ids >= 0) & (input_ids < self.table.shape[0])
-        rows = jnp.where(known, input_ids, 0).astype(jnp.int32)
-        return self.table.at[rows].get(mode="promise_in_bounds"), jnp.asarray(known)
+        return jnp.asarray((input_ids >= 0) & (input_ids < self.table.shape[0]))
+
+
+def _checked_ids(
+    input_ids: Integer[Array, "*batch"] | None, batch: tuple[int, ...]
+) -> Integer[Array, "*batch"]:
+    """`input_ids`, if they are integers of shape `batch`; never broadcast."""
+    if input_ids is None:
+        raise ValueError(
+            "`input_ids` must be given to a `HashRouter`: it assigns experts by token id. Got None."
+        )
+    dtype = jnp.result_type(input_ids)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"`input_ids` must have an integer dtype. Got {dtype}.")
+    if jnp.shape(input_ids) != batch:
+        raise ValueError(
+            f"`input_ids` must have the shape of `hidden_states` without its last axis, "
+            f"{batch}. Got {jnp.shape(input_ids)}."
+        )
+    return input_ids

@@ -98,7 +98,9 @@ class TopKRouter(AbstractRouter):
     ) -> tuple[Int[Array, "*batch experts_per_token"], Bool[Array, "*batch"]]:
         """Bias-corrected, group-limited top-k of `scores`; `input_ids` is ignored."""
         del input_ids
-        scores, bias = jax.lax.stop_gradient((scores, self.score_correction_bias))
+        bias = jnp.asarray(self.score_correction_bias)
+        _check_bias(bias, scores.shape[-1])
+        scores, bias = jax.lax.stop_gradient((scores, bias))
         corrected = scores + jnp.broadcast_to(bias.astype(jnp.float32), scores.shape)
         undefined = jnp.isnan(corrected)
         # `lax.top_k` ranks NaN by its sign bit, which is arbitrary: pin the answer.
@@ -136,6 +138,18 @@ def _keep_best_groups(
     )
     kept = before.sum(axis=-1) < num_selected
     return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(corrected.shape)
+
+
+def _check_bias(bias: Array, num_experts: int) -> None:
+    """The bias may have been replaced since construction; an odd shape would broadcast."""
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise TypeError(
+            f"`score_correction_bias` must have a floating-point dtype. Got {bias.dtype}."
+        )
+    if bias.shape != (num_experts,):
+        raise ValueError(
+            f"`score_correction_bias` must have shape (experts={num_experts},). Got {bias.shape}."
+        )
 
 
 def _check_groups(

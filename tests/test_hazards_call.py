@@ -1,0 +1,98 @@
+"""Hazards 10 to 13: calls refused at trace time, with one message, eager and under jit."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BACKENDS, EXPERTS, HIDDEN, ROUTERS, SLOTS, make_inputs
+from hazard_inputs import layer, route
+
+import braidax as bx
+
+IDS = jnp.zeros((2, 6), jnp.int32)
+HIDDEN_STATES = jnp.zeros((2, 6, HIDDEN))
+# What the two kinds of router refuse alike, then what only a router that looks at ids does.
+ANY_ROUTER = {
+    "a wrong width": ((HIDDEN_STATES[..., 1:], IDS), {}, ValueError, r"hidden=12\).*11\)"),
+    "no axis": ((jnp.zeros(()), IDS), {}, ValueError, r"hidden=12\). Got \(\)"),
+    "integers": ((HIDDEN_STATES.astype(jnp.int32), IDS), {}, TypeError, "floating-point.*int32"),
+    "a mask of numbers": (
+        (HIDDEN_STATES, IDS),
+        {"mask": jnp.ones((2, 6))},
+        TypeError,
+        "`mask` must have dtype bool. Got float32",
+    ),
+    "a transposed mask": (
+        (HIDDEN_STATES, IDS),
+        {"mask": jnp.ones((6, 2), bool)},
+        ValueError,
+        r"`mask`.*\(2, 6\). Got \(6, 2\)",
+    ),
+    "a mask to broadcast": (
+        (HIDDEN_STATES, IDS),
+        {"mask": jnp.ones((2, 1), bool)},
+        ValueError,
+        r"`mask`.*Got \(2, 1\)",
+    ),
+}
+HASH_ROUTER = {
+    "no ids": ((HIDDEN_STATES,), {}, ValueError, "`input_ids` must be given to a `HashRouter`"),
+    "one id": ((HIDDEN_STATES, IDS[0, :1]), {}, ValueError, r"\(2, 6\). Got \(1,\)"),
+    "ids to broadcast": ((HIDDEN_STATES, IDS[:, :1]), {}, ValueError, r"\(2, 6\). Got \(2, 1\)"),
+    "transposed ids": ((HIDDEN_STATES, IDS.T), {}, ValueError, r"\(2, 6\). Got \(6, 2\)"),
+    "flat ids": ((HIDDEN_STATES, IDS.reshape(-1)), {}, ValueError, r"\(2, 6\). Got \(12,\)"),
+    "an axis too many": ((HIDDEN_STATES, IDS[..., None]), {}, ValueError, r"Got \(2, 6, 1\)"),
+    "float ids": ((HIDDEN_STATES, IDS * 1.0), {}, TypeError, "integer dtype. Got float32"),
+    "bool ids": ((HIDDEN_STATES, IDS > 0), {}, TypeError, "integer dtype. Got bool"),
+}
+REFUSED = [
+    *((kind, *case) for kind in ROUTERS for case in ANY_ROUTER.values()),
+    *(("hash", *case) for case in HASH_ROUTER.values()),
+]
+
+
+@pytest.mark.parametrize("kind, arguments, options, error, text", REFUSED)
+def test_a_call_is_refused_alike_eager_and_under_jit(
+    kind, arguments, options, error, text, unchecked
+):
+    block = layer(kind)
+    messages = []
+    for call in (block, eqx.filter_jit(block), eqx.filter_jit(layer(kind, "dense"))):
+        with pytest.raises(error, match=text) as caught:
+            call(*arguments, **options)
+        messages.append(str(caught.value).splitlines()[0])
+    assert len(set(messages)) == 1
+
+
+@pytest.mark.parametrize("backend", [case.name for case in BACKENDS])
+def test_a_router_by_score_ignores_ids(backend):
+    block = eqx.filter_jit(layer("top_k", backend))
+    hidden_states, input_ids = make_inputs((4,))
+    wanted = block(hidden_states)[0]
+    for ids in (input_ids, input_ids - 100):
+        np.testing.assert_array_equal(np.asarray(block(hidden_states, ids)[0]), np.asarray(wanted))
+
+
+def test_narrow_ids_of_a_large_vocabulary():
+    """127 < vocab: a comparison in int8 would overflow."""
+    table = bx.hash_tables.md5(1000, EXPERTS, SLOTS)
+    router = bx.HashRouter(HIDDEN, EXPERTS, SLOTS, table=table, key=jax.random.key(0))
+    hidden_states = jnp.ones((3, HIDDEN))
+    for dtype in (jnp.int8, jnp.uint8, jnp.int16, jnp.uint16):
+        routing = route(router, hidden_states, jnp.asarray([0, 100, 127], dtype))
+        np.testing.assert_array_equal(np.asarray(routing.indices), table[[0, 100, 127]])
+
+
+def test_wide_ids_are_not_wrapped_into_the_vocabulary(unchecked):
+    """2**32 + 5 is 5 in 32 bits."""
+    table = bx.hash_tables.md5(1000, EXPERTS, SLOTS)
+    router = bx.HashRouter(HIDDEN, EXPERTS, SLOTS, table=table, key=jax.random.key(0))
+    ids = np.array([7, 2**32 + 5, 999], np.int64)
+    with jax.enable_x64(True):
+        routing = eqx.filter_jit(router)(jnp.ones((3, HIDDEN), jnp.float32), jnp.asarray(ids))
+        assert routing.indices.dtype == jnp.int32
+    # As numpy, and not through jit, they are still whole when the router sees them.
+    for got in (routing, router(jnp.ones((3, HIDDEN)), ids)):
+        np.testing.assert_array_equal(np.asarray(got.indices)[[0, 2]], table[[7, 999]])
+        assert np.isnan(np.asarray(got.weights)).all(axis=1).tolist() == [False, True, False]
