@@ -208,12 +208,12 @@ def test_serialisation_is_exact(kind):
 
 def test_the_default_backend_does_work_in_proportion_to_the_assignments():
     """Rows and not experts x rows: the loop's trip count is the number of non-empty blocks."""
-    from braidax._experts.blocks import _plan, block_sizes
+    from braidax._experts.blocks import block_sizes, plan_blocks
 
     sizes = block_sizes(4096, 64)
     everything_on_one = jnp.zeros(64, jnp.int32).at[7].set(4096)
     spread = jnp.full(64, 64, jnp.int32)
     assert sizes[-1] == 64
-    assert int(_plan(everything_on_one, 4096, 64).count) == 64
-    assert int(_plan(spread, 4096, 64).count) == 64
-    assert int(_plan(jnp.zeros(64, jnp.int32), 4096, 64).count) == 0
+    assert int(plan_blocks(everything_on_one, 4096, 64).count) == 64
+    assert int(plan_blocks(spread, 4096, 64).count) == 64
+    assert int(plan_blocks(jnp.zeros(64, jnp.int32), 4096, 64).count) == 0

@@ -24,6 +24,7 @@ from ._config import MoEConfig as MoEConfig
 from ._config import is_hash_layer as is_hash_layer
 
 # Experts
+from ._experts import AbstractExperts as AbstractExperts
 from ._experts import SwiGLU as SwiGLU
 from ._experts import SwiGLUExperts as SwiGLUExperts
 

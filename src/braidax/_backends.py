@@ -6,7 +6,14 @@ from typing import NamedTuple
 import jax
 
 from ._dispatch import AbstractDispatch, dense_dispatch, sorted_dispatch
-from ._experts import BLOCKS, GroupedMatmul, dense_matmul, grouped_matmul, ragged_matmul
+from ._experts import (
+    BLOCKS,
+    FEED_FORWARD,
+    GroupedMatmul,
+    dense_matmul,
+    grouped_matmul,
+    ragged_matmul,
+)
 
 
 class Backend(NamedTuple):
@@ -17,7 +24,7 @@ class Backend(NamedTuple):
 
 
 BACKENDS: dict[str, Backend] = {
-    "blocks": Backend(sorted_dispatch, grouped_matmul(BLOCKS)),
+    "blocks": Backend(sorted_dispatch, grouped_matmul(BLOCKS, FEED_FORWARD)),
     "ragged": Backend(sorted_dispatch, ragged_matmul),
     "dense": Backend(dense_dispatch, dense_matmul),
 }

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Integer, PRNGKeyArray
 from . import hash_tables
 from ._backends import check_backend, find_backend
 from ._config import MoEConfig, is_hash_layer
-from ._experts import SwiGLU, SwiGLUExperts
+from ._experts import AbstractExperts, SwiGLU, SwiGLUExperts
 from ._experts.grouped_matmul import accumulation_dtype
 from ._replay import check_replay, within_range
 from ._router import AbstractRouter, HashRouter, TopKRouter
@@ -34,14 +34,14 @@ class RoutedMoE(eqx.Module):
     """
 
     router: AbstractRouter
-    experts: SwiGLUExperts
+    experts: AbstractExperts
     backend: str = eqx.field(static=True)
     checks: bool = eqx.field(static=True)
 
     def __init__(
         self,
         router: AbstractRouter,
-        experts: SwiGLUExperts,
+        experts: AbstractExperts,
         *,
         backend: str = "auto",
         checks: bool = False,
@@ -49,7 +49,7 @@ class RoutedMoE(eqx.Module):
         """**Arguments:**
 
         - `router`: an `AbstractRouter`.
-        - `experts`: a `SwiGLUExperts`, or any module with its call signature.
+        - `experts`: a `SwiGLUExperts`, or any other `AbstractExperts`.
         - `backend`: `"auto"` (by platform), `"blocks"`, `"ragged"`, or `"dense"`, in which every
             expert computes every token: slow, but differentiable in forward mode too.
         - `checks`: raise at run time, by `eqx.error_if`, for an id outside the table of a

@@ -16,7 +16,7 @@ from .errors import mistake
 from .index import Checkpoint
 from .layer import StoredLayer, check_tensor, open_layer
 from .packed_layer import packed_experts
-from .state_dict import _skeleton
+from .state_dict import layer_skeleton
 
 PACKED = "packed"
 
@@ -55,7 +55,7 @@ def load_moe(
         config = MoEConfig.from_hf(checkpoint.folder)
     keep_packed = isinstance(dtype, str) and dtype == PACKED
     dtype = floating_dtype("dtype", jnp.float32 if keep_packed else dtype)
-    moe = _skeleton(config, layer_idx, dtype)
+    moe = layer_skeleton(config, layer_idx, dtype)
     layer = open_layer(checkpoint, operator.index(layer_idx))
     _check_sizes(config, layer)
     kind = _check_router(config, layer_idx, layer)

@@ -4,12 +4,12 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Int
 
-from .._experts.grouped_matmul import GroupedMatmul
+from .._experts import AbstractExperts, GroupedMatmul
 from .._experts.swiglu import swiglu
 from .packed_matmul import PackedMatrices, packed_matmul
 
 
-class PackedSwiGLUExperts(eqx.Module):
+class PackedSwiGLUExperts(AbstractExperts):
     """`SwiGLUExperts` in 4 or 8 bits with scales: a sixth or a third of bfloat16's memory.
 
     Each call decodes the experts that have rows, one after the other, to float32. The weights are
@@ -28,7 +28,7 @@ class PackedSwiGLUExperts(eqx.Module):
         group_sizes: Int[Array, " experts"],
         grouped_matmul: GroupedMatmul,
     ) -> Float[Array, "rows hidden"]:
-        """As `SwiGLUExperts.__call__`. `grouped_matmul` is not used: no backend multiplies by
+        """As `AbstractExperts.__call__`. `grouped_matmul` is not used: no backend multiplies by
         packed numbers."""
         del grouped_matmul
         gate_up = packed_matmul(rows, self.gate_up, group_sizes)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, UInt
 
-from .._experts.grouped_matmul import _merge, _with_axis, accumulation_dtype
+from .._experts.grouped_matmul import accumulation_dtype, merge_groups, with_axis
 from .dtypes import FLOAT4
 
 _BLOCK_SIZES = (8, 64, 256)  # rows that are multiplied at once: the smallest that holds them
@@ -94,18 +94,18 @@ def _vmappable(transposed: bool):
     @multiply.def_vmap
     def _rule(axis_size, in_batched, rows, matrices, group_sizes):
         rows_batched, matrices_batched, sizes_batched = in_batched
-        rows = _with_axis(rows, rows_batched, axis_size)
-        group_sizes = _with_axis(group_sizes, sizes_batched, axis_size)
+        rows = with_axis(rows, rows_batched, axis_size)
+        group_sizes = with_axis(group_sizes, sizes_batched, axis_size)
         stacked = any(jax.tree.leaves(matrices_batched))
         if stacked:
             matrices = jax.tree.map(
-                lambda array, batched: _with_axis(array, batched, axis_size).reshape(
+                lambda array, batched: with_axis(array, batched, axis_size).reshape(
                     -1, *array.shape[-2:]
                 ),
                 matrices,
                 matrices_batched,
             )
-        order, merged_sizes = _merge(group_sizes, rows.shape[1], shared_groups=not stacked)
+        order, merged_sizes = merge_groups(group_sizes, rows.shape[1], shared_groups=not stacked)
         flat = rows.reshape(axis_size * rows.shape[1], rows.shape[2])
         product = multiply(flat[order], matrices, merged_sizes)
         product = jnp.zeros_like(product).at[order].set(product, unique_indices=True)

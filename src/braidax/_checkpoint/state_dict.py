@@ -135,7 +135,7 @@ def from_state_dict(
     **Source:** `DeepseekV4SparseMoeBlock` of transformers 5.23, `models/deepseek_v4`.
     """
     dtype = floating_dtype("dtype", dtype)
-    layer = _skeleton(config, layer_idx, dtype)
+    layer = layer_skeleton(config, layer_idx, dtype)
     leaves = _leaves(layer)
     _check_names(tensors, [name for leaf in leaves for name in leaf.names])
     for leaf in leaves:
@@ -161,7 +161,7 @@ def _leaves(moe: RoutedAndSharedMoE) -> tuple[_Leaf, ...]:
     return _LEAVES[type(moe.routed.router)]
 
 
-def _skeleton(config: MoEConfig, layer_idx: int, dtype: DTypeLike) -> RoutedAndSharedMoE:
+def layer_skeleton(config: MoEConfig, layer_idx: int, dtype: DTypeLike) -> RoutedAndSharedMoE:
     """The layer with shapes in place of arrays: no random number is drawn."""
     # Not the configuration's own hash table, which takes seconds: the given one replaces it.
     small = config if config.vocab_size is None else dataclasses.replace(config, vocab_size=1)

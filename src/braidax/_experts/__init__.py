@@ -1,5 +1,7 @@
 """Experts: see rows grouped by expert, and never know what a token is."""
 
+from .base import AbstractExperts as AbstractExperts
+from .block_feed_forward import FEED_FORWARD as FEED_FORWARD
 from .blocks import BLOCKS as BLOCKS
 from .dense import dense_matmul as dense_matmul
 from .grouped_matmul import GroupedMatmul as GroupedMatmul

@@ -6,7 +6,7 @@ exact and faster on a CPU than a product of narrow numbers.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from .grouped_matmul import Kernels, accumulation_dtype
 
-_LARGEST_BLOCK = 256
+_LARGEST_BLOCK = 512
+
+T = TypeVar("T")
 
 
 class _Blocks(NamedTuple):
@@ -30,17 +32,20 @@ class _Blocks(NamedTuple):
 def block_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
     """The row counts a block may have, ascending, from static shapes alone.
 
-    The largest is the mean group in steps of 8, at most 256: enough rows to pay for reading the
-    group's weights. Blocks that are not full use the smallest size that holds their rows; under
-    8 rows the choice costs more than it saves.
+    The largest is the mean group in steps of 8, at most 512: enough rows to pay for reading the
+    group's weights and for adding to its gradient, few enough to stay in cache. A block uses the
+    smallest size that holds its rows. Larger groups are split evenly, into blocks of more than
+    half the largest, so the sizes are dense there: in eighths, and a half and a quarter for small
+    groups. Each size is compiled, which rules out more. Under 8 rows the choice costs more than
+    it saves.
     """
     mean = -(-num_rows // num_groups)
     largest = min(-(-mean // 8) * 8, _LARGEST_BLOCK, num_rows)
-    smaller = {size for size in (-(-largest // 4), -(-largest // 2)) if size >= 8}
-    return (*sorted(smaller), largest)
+    smaller = {-(-largest * eighths // 64) * 8 for eighths in (2, 4, 5, 6, 7)}
+    return (*sorted(size for size in smaller if 8 <= size < largest), largest)
 
 
-def _plan(group_sizes: Int[Array, " groups"], num_rows: int, block_size: int) -> _Blocks:
+def plan_blocks(group_sizes: Int[Array, " groups"], num_rows: int, block_size: int) -> _Blocks:
     num_groups = group_sizes.shape[0]
     group_stops = jnp.cumsum(group_sizes, dtype=jnp.int32)
     blocks_per_group = -(-group_sizes // block_size)
@@ -49,14 +54,16 @@ def _plan(group_sizes: Int[Array, " groups"], num_rows: int, block_size: int) ->
     group = jnp.searchsorted(last_blocks, block, side="right").astype(jnp.int32)
     group = jnp.minimum(group, num_groups - 1)
     within = block - (last_blocks - blocks_per_group)[group]
-    start = (group_stops - group_sizes)[group] + within * block_size
-    stop = jnp.minimum(start + block_size, group_stops[group])
+    # The rows of a group are split evenly: a full block and a short one waste more.
+    share = -(-group_sizes // jnp.maximum(blocks_per_group, 1))[group]
+    start = (group_stops - group_sizes)[group] + within * share
+    stop = jnp.minimum(start + share, group_stops[group])
     return _Blocks(last_blocks[-1], group, start, stop, within == 0)
 
 
-def _at_smallest_size(
-    sizes: tuple[int, ...], live: Int[Array, ""], compute: Callable[[int], Array]
-) -> Array:
+def at_smallest_size(
+    sizes: tuple[int, ...], live: Int[Array, ""], compute: Callable[[int], T]
+) -> T:
     """`compute` at the smallest of `sizes` that holds `live` rows. Its results have one shape,
     because a branch that returned the whole output would copy it."""
     if len(sizes) == 1:
@@ -65,7 +72,7 @@ def _at_smallest_size(
     return jax.lax.switch(branch, [lambda size=size: compute(size) for size in sizes])
 
 
-def _window(
+def window(
     array: Float[Array, "rows size"], start: Int[Array, ""], size: int, dtype: jnp.dtype
 ) -> tuple[Float[Array, "window size"], Int[Array, ""]]:
     """`size` rows that hold the ones from `start` on, and the row that they begin with: earlier
@@ -74,7 +81,7 @@ def _window(
     return jax.lax.dynamic_slice_in_dim(array, begin, size).astype(dtype), begin
 
 
-def _live(begin: Array, size: int, start: Array, stop: Array) -> Array:
+def live_rows(begin: Array, size: int, start: Array, stop: Array) -> Array:
     row = begin + jnp.arange(size, dtype=jnp.int32)
     return ((row >= start) & (row < stop))[:, None]
 
@@ -93,24 +100,24 @@ def _multiply(
         return output
     sizes = block_sizes(num_rows, weight.shape[0])
     largest = sizes[-1]
-    blocks = _plan(group_sizes, num_rows, largest)
+    blocks = plan_blocks(group_sizes, num_rows, largest)
     contraction = (((1,), (1 if transposed else 0,)), ((), ()))
 
     def step(i, output):
         start, stop = blocks.start[i], blocks.stop[i]
         matrix = jax.lax.dynamic_index_in_dim(weight, blocks.group[i], keepdims=False)
         matrix = matrix.astype(dtype)
-        previous, first_row = _window(output, start, largest, dtype)
+        previous, first_row = window(output, start, largest, dtype)
 
         def compute(size):
-            window, begin = _window(rows, start, size, dtype)
-            product = jax.lax.dot_general(window, matrix, contraction)
+            block, begin = window(rows, start, size, dtype)
+            product = jax.lax.dot_general(block, matrix, contraction)
             padded = jnp.zeros((largest, size_out), dtype)
             return jax.lax.dynamic_update_slice_in_dim(padded, product, begin - first_row, 0)
 
-        product = _at_smallest_size(sizes, stop - start, compute)
+        product = at_smallest_size(sizes, stop - start, compute)
         # A window reaches into its neighbours' rows: only the block's own are written.
-        product = jnp.where(_live(first_row, largest, start, stop), product, previous)
+        product = jnp.where(live_rows(first_row, largest, start, stop), product, previous)
         return jax.lax.dynamic_update_slice_in_dim(output, product, first_row, 0)
 
     return jax.lax.fori_loop(0, blocks.count, step, output)
@@ -125,7 +132,7 @@ def _outer(
     if num_rows == 0:
         return output
     sizes = block_sizes(num_rows, group_sizes.shape[0])
-    blocks = _plan(group_sizes, num_rows, sizes[-1])
+    blocks = plan_blocks(group_sizes, num_rows, sizes[-1])
     contraction = (((0,), (0,)), ((), ()))
 
     def step(i, output):
@@ -134,14 +141,14 @@ def _outer(
         def compute(size):
             # Both sides are cleared of their neighbours' rows: 0 * NaN is NaN.
             (window_left, begin), (window_right, _) = (
-                _window(array, start, size, dtype) for array in (left, right)
+                window(array, start, size, dtype) for array in (left, right)
             )
-            live = _live(begin, size, start, stop)
+            live = live_rows(begin, size, start, stop)
             return jax.lax.dot_general(
                 jnp.where(live, window_left, 0), jnp.where(live, window_right, 0), contraction
             )
 
-        product = _at_smallest_size(sizes, stop - start, compute)
+        product = at_smallest_size(sizes, stop - start, compute)
         previous = jax.lax.dynamic_index_in_dim(output, group, keepdims=False)
         product = jnp.where(blocks.first[i], product, previous + product)
         return jax.lax.dynamic_update_index_in_dim(output, product, group, 0)

@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .grouped_matmul import accumulation_dtype
+from .feed_forward import composed
+from .grouped_matmul import GroupedMatmul, accumulation_dtype
 
 
-def dense_matmul(
+def _multiply(
     rows: Float[Array, "rows size_in"],
     weight: Float[Array, "groups a b"],
     group_sizes: Int[Array, " groups"],
@@ -25,3 +26,6 @@ def dense_matmul(
         preferred_element_type=accumulation_dtype(rows, weight),
     )
     return product.reshape(rows.shape[0], product.shape[-1])
+
+
+dense_matmul = GroupedMatmul(_multiply, composed(_multiply))

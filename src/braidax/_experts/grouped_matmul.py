@@ -15,17 +15,22 @@ to sit inside: `custom_vmap` alone does not survive reverse mode.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
+from .feed_forward import FeedForwardKernels, composed, fused
 
-@runtime_checkable
-class GroupedMatmul(Protocol):
-    """What experts are handed to multiply with."""
+
+class GroupedMatmul(NamedTuple):
+    """What experts are handed to multiply with: a product, or a whole feed-forward network
+    `feed_forward(rows, up, down, group_sizes, activation)`, which a backend may have fused."""
+
+    multiply: Callable[[Array, Array, Array, bool], Array]
+    feed_forward: Callable[..., Array]
 
     def __call__(
         self,
@@ -36,7 +41,7 @@ class GroupedMatmul(Protocol):
         /,
     ) -> Float[Array, "rows size_out"]:
         """Rows times the weight of their group, in float32 or wider."""
-        ...
+        return self.multiply(rows, weight, group_sizes, transposed)
 
 
 class Kernels(NamedTuple):
@@ -51,7 +56,9 @@ def accumulation_dtype(*arrays: Array) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *(array.dtype for array in arrays))
 
 
-def grouped_matmul(kernels: Kernels) -> GroupedMatmul:
+def grouped_matmul(
+    kernels: Kernels, feed_forward_kernels: FeedForwardKernels | None = None
+) -> GroupedMatmul:
     """A differentiable, vmappable grouped product out of a backend's two kernels.
 
     Cotangents are rounded to the wider dtype of the two operands, as in any mixed-precision
@@ -94,7 +101,9 @@ def grouped_matmul(kernels: Kernels) -> GroupedMatmul:
 
     multiply.defvjp(multiply_forward, multiply_backward)
     outer.defvjp(outer_forward, outer_backward)
-    return multiply
+    if feed_forward_kernels is None:
+        return GroupedMatmul(multiply, composed(multiply))
+    return GroupedMatmul(multiply, fused(multiply, outer, feed_forward_kernels))
 
 
 def _call_multiply(kernels: Kernels, transposed: bool, rows, weight, group_sizes):
@@ -109,9 +118,11 @@ def _vmappable_multiply(kernel):
     @multiply.def_vmap
     def _rule(axis_size, in_batched, rows, weight, group_sizes):
         rows_batched, weight_batched, sizes_batched = in_batched
-        rows = _with_axis(rows, rows_batched, axis_size)
-        group_sizes = _with_axis(group_sizes, sizes_batched, axis_size)
-        order, merged_sizes = _merge(group_sizes, rows.shape[1], shared_groups=not weight_batched)
+        rows = with_axis(rows, rows_batched, axis_size)
+        group_sizes = with_axis(group_sizes, sizes_batched, axis_size)
+        order, merged_sizes = merge_groups(
+            group_sizes, rows.shape[1], shared_groups=not weight_batched
+        )
         if weight_batched:
             weight = weight.reshape(axis_size * weight.shape[1], *weight.shape[2:])
         flat = rows.reshape(axis_size * rows.shape[1], rows.shape[2])
@@ -130,11 +141,11 @@ def _vmappable_outer(kernel):
     @outer.def_vmap
     def _rule(axis_size, in_batched, left, right, group_sizes):
         left, right, group_sizes = (
-            _with_axis(array, batched, axis_size)
+            with_axis(array, batched, axis_size)
             for array, batched in zip((left, right, group_sizes), in_batched, strict=True)
         )
         # One gradient for each example: summing here would break `vmap(grad)`.
-        order, merged_sizes = _merge(group_sizes, left.shape[1], shared_groups=False)
+        order, merged_sizes = merge_groups(group_sizes, left.shape[1], shared_groups=False)
         flat_left, flat_right = (
             array.reshape(axis_size * array.shape[1], array.shape[2])[order]
             for array in (left, right)
@@ -145,11 +156,11 @@ def _vmappable_outer(kernel):
     return outer
 
 
-def _with_axis(array: Array, batched: bool, axis_size: int) -> Array:
+def with_axis(array: Array, batched: bool, axis_size: int) -> Array:
     return array if batched else jnp.broadcast_to(array, (axis_size, *array.shape))
 
 
-def _merge(
+def merge_groups(
     group_sizes: Int[Array, "examples groups"], num_rows: int, *, shared_groups: bool
 ) -> tuple[Int[Array, " all_rows"], Int[Array, " merged_groups"]]:
     """The order that sorts the rows of all examples by group, and the sizes of the merged groups:

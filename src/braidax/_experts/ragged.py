@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .grouped_matmul import Kernels, accumulation_dtype, grouped_matmul
+from .feed_forward import composed
+from .grouped_matmul import GroupedMatmul, Kernels, accumulation_dtype, grouped_matmul
 
 
 def _multiply(
@@ -49,7 +50,7 @@ def _outer(
 _wide_matmul = grouped_matmul(Kernels(jax.jit(_multiply, static_argnums=3), jax.jit(_outer)))
 
 
-def ragged_matmul(
+def _narrow_matmul(
     rows: Float[Array, "rows size_in"],
     weight: Float[Array, "groups a b"],
     group_sizes: Int[Array, " groups"],
@@ -61,3 +62,6 @@ def ragged_matmul(
     if jnp.finfo(weight.dtype).bits < jnp.finfo(rows.dtype).bits:
         rows = rows.astype(weight.dtype)
     return _wide_matmul(rows, weight, group_sizes, transposed)
+
+
+ragged_matmul = GroupedMatmul(_narrow_matmul, composed(_narrow_matmul))

@@ -1,11 +1,14 @@
 """SwiGLU with clamped activations: one expert, and a stack of them."""
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._checks import floating_dtype, last_axis, positive_integer, positive_number
+from .base import AbstractExperts
 from .grouped_matmul import GroupedMatmul, accumulation_dtype
 
 # silu and its slope are exactly 0 from here on down, in every float of 16 to 64 bits. Further down
@@ -27,6 +30,17 @@ def swiglu(
         gate = jnp.where(gate > limit, limit, gate)
         up = jnp.where(up > limit, limit, jnp.where(up < -limit, -limit, up))
     return jax.nn.silu(gate) * up
+
+
+class _Activation(NamedTuple):
+    """`swiglu` at one limit, equal to any other at that limit: compiled once."""
+
+    limit: float | None
+
+    def __call__(
+        self, gate_up: Float[Array, "*batch gate_and_up"]
+    ) -> Float[Array, "*batch intermediate"]:
+        return swiglu(gate_up, self.limit)
 
 
 def _check_weights(gate_up: tuple[int, ...], down: tuple[int, ...]) -> None:
@@ -107,7 +121,7 @@ class SwiGLU(eqx.Module):
         return jnp.matmul(activations, self.down, preferred_element_type=dtype)
 
 
-class SwiGLUExperts(eqx.Module):
+class SwiGLUExperts(AbstractExperts):
     """A stack of `SwiGLU` networks, applied to rows that are grouped by expert.
 
     The weights are those of `SwiGLU` with a leading expert axis, `gate_up` known elsewhere as
@@ -148,16 +162,7 @@ class SwiGLUExperts(eqx.Module):
         group_sizes: Int[Array, " experts"],
         grouped_matmul: GroupedMatmul,
     ) -> Float[Array, "rows hidden"]:
-        """Each row through the expert of its group; rows past the groups give 0.
-
-        **Arguments:**
-
-        - `rows`: `(rows, hidden)`, consecutive rows for each expert.
-        - `group_sizes`: int32 `(experts,)`, rows of each expert.
-        - `grouped_matmul`: the product to use, from the block's backend.
-
-        **Returns:** `(rows, hidden)` in float32 or wider: the caller sums before it rounds. Rows
-        and weights may differ in dtype; activations between the products are not rounded.
+        """As `AbstractExperts.__call__`. Activations between the products are not rounded.
 
         **Raises:** `ValueError` at trace time for weights that do not fit together.
         """
@@ -168,5 +173,6 @@ class SwiGLUExperts(eqx.Module):
                 f"Got {self.gate_up.shape[0]}."
             )
         last_axis("rows", rows, self.gate_up.shape[-1], "hidden")
-        gate_up = grouped_matmul(rows, self.gate_up, group_sizes, True)
-        return grouped_matmul(swiglu(gate_up, self.limit), self.down, group_sizes, False)
+        return grouped_matmul.feed_forward(
+            rows, self.gate_up, self.down, group_sizes, _Activation(self.limit)
+        )
