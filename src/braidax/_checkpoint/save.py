@@ -64,7 +64,7 @@ def save_moe(
     tensors |= _three(stem, np.asarray(shared.gate_up), np.asarray(shared.down), stored_shared)
     if isinstance(experts, PackedSwiGLUExperts):
         tensors |= _packed(f"{prefix}experts", experts)
-    else:
+    elif isinstance(experts, SwiGLUExperts):
         gate_up, down = np.asarray(experts.gate_up), np.asarray(experts.down)
         for expert in range(len(down)):
             stem = f"{prefix}experts.{expert}"
