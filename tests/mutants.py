@@ -160,9 +160,9 @@ MUTANTS = (
     ),
     Mutant(
         "a block's gradient leaves its neighbours' rows out",
-        "_experts/blocks.py",
-        "jnp.where(live, window_left, 0), jnp.where(live, window_right, 0), contraction",
-        "window_left, jnp.where(live, window_right, 0), contraction",
+        "_experts/block_feed_forward.py",
+        "jnp.where(live, window(array, start, size, array.dtype)[0], 0)",
+        "window(array, start, size, array.dtype)[0]",
         ("hazards_experts::a_broken_token_reaches_itself_and_its_experts",),
     ),
     Mutant(
