@@ -13,6 +13,8 @@ nox.options.reuse_existing_virtualenvs = False
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 BENCH = ("--groups", "layers", "decode", "bfloat16", "skew", "tokens", "experts")
+# A file stays in one process: its tests share what they have compiled.
+PARALLEL = ("-n", "auto", "--dist", "loadfile")
 LINTED = ("src", "tests", "notebooks", "noxfile.py")
 
 
@@ -34,7 +36,7 @@ def lowest(requirement: str) -> str:
 def tests(session: nox.Session) -> None:
     """Tests and doctests on the newest dependencies; annotations checked, warnings are errors."""
     session.install("-e", ".", *group("test"))
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *PARALLEL, *session.posargs)
 
 
 @nox.session
@@ -57,7 +59,7 @@ def tests_lowest(session: nox.Session) -> None:
     """The same tests on the lowest version of every direct dependency."""
     requirements = (*PROJECT["project"]["dependencies"], *group("test"))
     session.install("-e", ".", *map(lowest, requirements))
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *PARALLEL, *session.posargs)
 
 
 @nox.session

@@ -223,7 +223,7 @@ HAZARDS = (
         30,
         "any assignment equals the loop over tokens: values and all gradients",
         """hazards_experts::any_assignment_against_the_oracle
-        moe::values_and_all_gradients_against_the_oracle moe::bfloat16_is_rounded_once""",
+        moe::values_and_all_gradients_against_the_oracle bfloat16::the_output_is_rounded_once""",
     ),
     _row(
         31,
@@ -283,7 +283,7 @@ HAZARDS = (
         39,
         "float16 products that overflow stay finite; bfloat16 is rounded once",
         """hazards_precision::a_product_beyond_the_largest_float16_is_finite
-        moe::bfloat16_is_rounded_once""",
+        bfloat16::the_output_is_rounded_once""",
     ),
     _row(
         40,

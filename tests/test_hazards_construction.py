@@ -31,7 +31,7 @@ EXPERT_ERRORS = [
     ({"limit": float("nan")}, ValueError, "`limit` must be finite and above 0. Got nan"),
     ({"limit": float("inf")}, ValueError, "`limit` must be finite and above 0. Got inf"),
     ({"limit": "10"}, TypeError, "`limit` must be a number. Got '10'"),
-    ({"dtype": jnp.int8}, TypeError, "`dtype` must be a floating-point dtype. Got int8"),
+    ({"dtype": jnp.int8}, TypeError, "`dtype` must be a floating-point dtype of 16 bits"),
 ]
 
 

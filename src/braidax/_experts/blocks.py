@@ -32,15 +32,15 @@ class _Blocks(NamedTuple):
 def block_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
     """The row counts a block may have, ascending, from static shapes alone.
 
-    The largest is the mean group in steps of 8, at most 512: enough rows to pay for reading the
-    group's weights and for adding to its gradient, few enough to stay in cache. A block uses the
-    smallest size that holds its rows. Larger groups are split evenly, into blocks of more than
-    half the largest, so the sizes are dense there: in eighths, and a half and a quarter for small
-    groups. Each size is compiled, which rules out more. Under 8 rows the choice costs more than
-    it saves.
+    The largest is the mean group and a quarter more, so that most groups are one block, in steps
+    of 8 and at most 512: enough rows to pay for reading the group's weights and for adding to its
+    gradient, few enough to stay in cache. A block uses the smallest size that holds its rows.
+    Larger groups are split evenly, into blocks of more than half the largest, so the sizes are
+    dense there: in eighths, and a half and a quarter for small groups. Each size is compiled,
+    which rules out more. Under 8 rows the choice costs more than it saves.
     """
     mean = -(-num_rows // num_groups)
-    largest = min(-(-mean // 8) * 8, _LARGEST_BLOCK, num_rows)
+    largest = min(-(-mean * 5 // 32) * 8, _LARGEST_BLOCK, num_rows)
     smaller = {-(-largest * eighths // 64) * 8 for eighths in (2, 4, 5, 6, 7)}
     return (*sorted(size for size in smaller if 8 <= size < largest), largest)
 
