@@ -1,5 +1,6 @@
 """Tables of what is tested: a new backend, router or shape is one more row."""
 
+import importlib.util
 from typing import NamedTuple
 
 import equinox as eqx
@@ -26,6 +27,9 @@ BACKENDS = [
     # Every expert computes every token: its backward pass multiplies by unused weights.
     BackendCase("dense", isolates_expert_nan=False, forward_mode=True, wide_activations=True),
 ]
+if importlib.util.find_spec("tokamax") is not None:
+    # On a CPU it is `ragged_dot` as well.
+    BACKENDS.append(BackendCase("tokamax", False, forward_mode=False, wide_activations=False))
 
 
 def random_indices(seed, tokens):

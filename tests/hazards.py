@@ -117,7 +117,7 @@ HAZARDS = (
         """hazards_run_time::ids_outside_the_table_poison_their_tokens_only
         hazards_run_time::checks_raise_for_an_id_outside_the_table
         hazards_run_time::checks_raise_for_a_replayed_index_of_no_expert
-        hazards_run_time::checks_change_nothing_else hazards_construction::checks_is_a_bool
+        hazards_run_time::checks_change_nothing_else hazards_construction::options_that_are_bools
         hazards_run_time::checks_give_nan_where_equinox_is_told_to
         routers::an_id_outside_the_table_poisons_its_token_only
         moe::replaying_an_index_of_no_expert_poisons_its_token_only""",

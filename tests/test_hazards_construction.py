@@ -157,7 +157,8 @@ def test_fewer_experts_than_the_router_has(case, unchecked):
         broken(*make_inputs((4,)))
 
 
-def test_checks_is_a_bool(unchecked):
+@pytest.mark.parametrize("name", ["checks", "remat"])
+def test_options_that_are_bools(name, unchecked):
     block = layer("top_k").routed
-    with pytest.raises(TypeError, match="`checks` must be a bool. Got 'yes'"):
-        bx.RoutedMoE(block.router, block.experts, checks="yes")
+    with pytest.raises(TypeError, match=f"`{name}` must be a bool. Got 'yes'"):
+        bx.RoutedMoE(block.router, block.experts, **{name: "yes"})

@@ -1,5 +1,8 @@
 """The block against the oracle: values, gradients, and who may touch whom."""
 
+import subprocess
+import sys
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -57,16 +60,20 @@ def problem(indices, seed=0):
     return [a.astype(np.float64) for a in as_float32]
 
 
-@every_backend
-@pytest.mark.parametrize("name", ASSIGNMENTS)
-def test_values_and_all_gradients_against_the_oracle(name, backend):
+# Every assignment on every backend, and one with recomputed pre-activations.
+ORACLE_CASES = [(name, backend, False) for name in ASSIGNMENTS for backend in BACKEND_NAMES]
+ORACLE_CASES += [("random", backend, True) for backend in BACKEND_NAMES]
+
+
+@pytest.mark.parametrize("name, backend, remat", ORACLE_CASES)
+def test_values_and_all_gradients_against_the_oracle(name, backend, remat):
     indices = ASSIGNMENTS[name]
     tokens, weights, gate_up, down, cotangent = problem(indices)
     experts = bx.SwiGLUExperts(EXPERTS, HIDDEN, INTERMEDIATE, limit=LIMIT, key=jax.random.key(0))
     router = bx.TopKRouter(HIDDEN, EXPERTS, SLOTS, key=jax.random.key(0))
     f32 = [jnp.asarray(a, jnp.float32) for a in (gate_up, down)]
     experts = eqx.tree_at(lambda e: (e.gate_up, e.down), experts, tuple(f32))
-    block = bx.RoutedMoE(router, experts, backend=backend)
+    block = bx.RoutedMoE(router, experts, backend=backend, remat=remat)
     got = output_and_vjp(
         block,
         jnp.asarray(tokens, jnp.float32),
@@ -273,6 +280,18 @@ def test_unknown_backend():
         bx.RoutedMoE(block.router, block.experts, backend="fast")
 
 
+def test_a_backend_whose_package_is_missing(monkeypatch):
+    block = make_block(bx, "top_k", "blocks").routed
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    with pytest.raises(ImportError, match=r'pip install "braidax\[kernels\]"'):
+        bx.RoutedMoE(block.router, block.experts, backend="tokamax")
+
+
+def test_optional_packages_are_not_imported_with_the_library():
+    code = "import sys, braidax; sys.exit(any(m in sys.modules for m in ('tokamax', 'matplotlib')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
 def test_no_shared_expert_is_an_error():
     config = bx.MoEConfig(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, num_shared_experts=0)
     with pytest.raises(ValueError, match="num_shared_experts"):
@@ -284,7 +303,7 @@ def test_the_default_backend_on_a_cpu():
     from braidax._backends import find_backend
 
     assert find_backend("auto") is TABLE["blocks"]
-    assert set(TABLE) == set(BACKEND_NAMES)
+    assert set(TABLE) == {*BACKEND_NAMES, "tokamax"}  # Which is tested where it is installed.
 
 
 @every_backend
@@ -360,3 +379,14 @@ def test_clamped_up(up, value, slope):
         jnp.float32(up)
     )
     np.testing.assert_allclose(got, (value * silu, slope * silu), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("experts", [EXPERTS, 2**28])
+def test_assignments_in_the_order_of_their_experts(experts):
+    """In one number, or as pairs where 32 bits do not hold both."""
+    from braidax._dispatch.sorting import _sort
+
+    indices = np.random.default_rng(0).integers(0, 6, 40).astype(np.int32) * (experts // 5)
+    got = _sort(jnp.asarray(indices), jnp.arange(40, dtype=jnp.int32), experts)
+    order = np.argsort(indices, kind="stable")
+    np.testing.assert_array_equal(np.asarray(got), [indices[order], order])

@@ -13,19 +13,24 @@ from ._experts import (
     dense_matmul,
     grouped_matmul,
     ragged_matmul,
+    require_tokamax,
+    tokamax_matmul,
 )
 
 
 class Backend(NamedTuple):
-    """A way to lay tokens out as rows, and a product for rows in that layout."""
+    """A way to lay tokens out as rows, a product for rows in that layout, and what raises
+    `ImportError` where an optional dependency of it is missing."""
 
     dispatch: Callable[..., AbstractDispatch]
     grouped_matmul: GroupedMatmul
+    require: Callable[[], object] = lambda: None
 
 
 BACKENDS: dict[str, Backend] = {
     "blocks": Backend(sorted_dispatch, grouped_matmul(BLOCKS, FEED_FORWARD)),
     "ragged": Backend(sorted_dispatch, ragged_matmul),
+    "tokamax": Backend(sorted_dispatch, tokamax_matmul, require_tokamax),
     "dense": Backend(dense_dispatch, dense_matmul),
 }
 
@@ -42,7 +47,12 @@ def find_backend(name: str) -> Backend:
 
 
 def check_backend(name: str) -> str:
-    """`name`, if it is one that `find_backend` knows; `ValueError` otherwise."""
+    """`name`, if it is one that `find_backend` knows.
+
+    **Raises:** `ValueError` for another name, `ImportError` if its package is not installed.
+    """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"`backend` must be one of {['auto', *BACKENDS]}. Got {name!r}.")
+    if name != "auto":
+        BACKENDS[name].require()
     return name

@@ -6,20 +6,17 @@ The `Routing` is returned beside the output; losses, metrics and the bias update
 it, outside the layer.
 """
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Integer, PRNGKeyArray
 
-from . import hash_tables
 from ._backends import check_backend, find_backend
-from ._config import MoEConfig, is_hash_layer
+from ._config import MoEConfig
 from ._experts import AbstractExperts, SwiGLU, SwiGLUExperts
 from ._experts.grouped_matmul import accumulation_dtype
 from ._replay import check_replay, within_range
-from ._router import AbstractRouter, HashRouter, TopKRouter
+from ._router import AbstractRouter, router_from_config
 from ._routing import Routing, zero_masked
 
 
@@ -37,6 +34,7 @@ class RoutedMoE(eqx.Module):
     experts: AbstractExperts
     backend: str = eqx.field(static=True)
     checks: bool = eqx.field(static=True)
+    remat: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -45,16 +43,21 @@ class RoutedMoE(eqx.Module):
         *,
         backend: str = "auto",
         checks: bool = False,
+        remat: bool = False,
     ):
         """**Arguments:**
 
         - `router`: an `AbstractRouter`.
         - `experts`: a `SwiGLUExperts`, or any other `AbstractExperts`.
-        - `backend`: `"auto"` (by platform), `"blocks"`, `"ragged"`, or `"dense"`, in which every
-            expert computes every token: slow, but differentiable in forward mode too.
+        - `backend`: `"auto"` (by platform), `"blocks"`, `"ragged"`, `"tokamax"` (needs
+            `braidax[kernels]`), or `"dense"`, in which every expert computes every token: slow,
+            but differentiable in forward mode too.
         - `checks`: raise at run time, by `eqx.error_if`, for an id outside the table of a
             `HashRouter` and for a replayed index of no expert. Without it, the default and what
             `jax.export` needs, that token gets NaN and no other token changes.
+        - `remat`: do not keep the experts' pre-activations, `(rows, 2 * intermediate)` float32 in
+            each layer, for the backward pass: it computes them again. Same numbers, more time;
+            less memory for layers in a `jax.lax.scan`. Unrolled layers on a CPU gain nothing.
 
         **Raises:** `ValueError` or `TypeError` naming the argument, for sizes that differ too.
         """
@@ -65,9 +68,8 @@ class RoutedMoE(eqx.Module):
         self.router = router
         self.experts = experts
         self.backend = check_backend(backend)
-        if not isinstance(checks, bool):
-            raise TypeError(f"`checks` must be a bool. Got {checks!r}.")
-        self.checks = checks
+        self.checks = _boolean("checks", checks)
+        self.remat = _boolean("remat", remat)
 
     @classmethod
     def from_config(
@@ -90,7 +92,7 @@ class RoutedMoE(eqx.Module):
             dtype=dtype,
             key=experts_key,
         )
-        return cls(_router(config, layer_idx, dtype, router_key), experts)
+        return cls(router_from_config(config, layer_idx, dtype=dtype, key=router_key), experts)
 
     def __call__(
         self,
@@ -214,34 +216,17 @@ def routed_sum(
     backend = find_backend(block.backend)
     dispatch = backend.dispatch(indices, flat_mask, routing.scores.shape[-1])
     rows = dispatch.gather(tokens)
-    rows = block.experts(rows, dispatch.group_sizes, backend.grouped_matmul)
+    experts = eqx.filter_checkpoint(block.experts) if block.remat else block.experts
+    rows = experts(rows, dispatch.group_sizes, backend.grouped_matmul)
     output = dispatch.combine(rows, weights).astype(accumulation_dtype(hidden_states))
     # Masked here as well: nothing that comes back through a padded row may reach an expert.
     return zero_masked(output.reshape(*batch, hidden), routing.mask), routing
 
 
-def _router(
-    config: MoEConfig, layer_idx: int, dtype: DTypeLike, key: PRNGKeyArray
-) -> AbstractRouter:
-    sizes = (config.hidden_size, config.num_experts, config.num_experts_per_token)
-    gate: dict[str, Any] = {
-        "score_function": config.score_function,
-        "normalize": config.normalize,
-        "scaling_factor": config.scaling_factor,
-        "temperature": config.temperature,
-        "dtype": dtype,
-        "key": key,
-    }
-    if is_hash_layer(config, layer_idx):
-        assert config.vocab_size is not None  # MoEConfig asks for it when it has hash layers.
-        table = hash_tables.md5(config.vocab_size, *sizes[1:], salt=layer_idx)
-        return HashRouter(*sizes, table=table, **gate)
-    return TopKRouter(
-        *sizes,
-        num_groups=config.num_groups,
-        num_selected_groups=config.num_selected_groups,
-        **gate,
-    )
+def _boolean(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a bool. Got {value!r}.")
+    return value
 
 
 def _check_sizes(name: str, sizes: tuple[int, ...], wanted: tuple[int, ...], meaning: str) -> None:

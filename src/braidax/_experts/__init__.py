@@ -10,3 +10,5 @@ from .grouped_matmul import grouped_matmul as grouped_matmul
 from .ragged import ragged_matmul as ragged_matmul
 from .swiglu import SwiGLU as SwiGLU
 from .swiglu import SwiGLUExperts as SwiGLUExperts
+from .tokamax import require_tokamax as require_tokamax
+from .tokamax import tokamax_matmul as tokamax_matmul
