@@ -40,6 +40,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def parallel(session: nox.Session) -> None:
+    """Expert parallelism on four virtual CPU devices, which JAX must be asked for at its start."""
+    session.install("-e", ".", *group("test"))
+    session.run("pytest", "tests/parallel", *PARALLEL, *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style and formatting."""
     session.install(*group("lint"))

@@ -20,6 +20,7 @@ LONGEST_FUNCTION = 70
 RANKS = (
     ("_checks", "_balanced_table"),
     ("_routing", "_scoring", "_config", "hash_tables"),
+    ("_mesh",),
     ("_balance", "_experts", "_dispatch"),
     ("_router",),
     ("_backends", "_replay"),

@@ -36,6 +36,10 @@ from ._inspect import plot_load as plot_load
 from ._moe import RoutedAndSharedMoE as RoutedAndSharedMoE
 from ._moe import RoutedMoE as RoutedMoE
 
+# Scale
+from ._parallel import ExpertParallel as ExpertParallel
+from ._parallel import plan as plan
+
 # Routers
 from ._router import AbstractRouter as AbstractRouter
 from ._router import HashRouter as HashRouter

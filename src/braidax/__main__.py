@@ -81,6 +81,23 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         help="continue the run in DIR exactly where its checkpoint stands; all settings come from"
         " the checkpoint, so no other option is allowed",
     )
+    parser.add_argument(
+        "--expert-parallel",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="spread the experts over N devices; what is left over of all devices splits the batch"
+        " (default: one device, or with --distributed all of them). May differ from the"
+        " run that --resume continues",
+    )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="this is one of several processes, which jax.distributed finds by the variables of"
+        " Slurm, Open MPI, a TPU pod or Kubernetes; JAX_COORDINATOR_ADDRESS=HOST:PORT overrides"
+        " who coordinates. DIR must be the same folder for all of them (default: off)",
+    )
     for field in dataclasses.fields(Settings):
         _add_setting(parser, field)
     parser.set_defaults(run=_train, parser=parser)
@@ -109,6 +126,10 @@ def _train(options: dict) -> int:
     from ._training import loop
 
     folder = options.pop("out", None)
+    devices = {
+        "expert_parallel": options.pop("expert_parallel", None),
+        "distributed": options.pop("distributed", False),
+    }
     if "resume" in options:
         resumed = options.pop("resume")
         others = [flag(name) for name in options] + (["--out"] if folder else [])
@@ -116,13 +137,14 @@ def _train(options: dict) -> int:
             raise UserError(
                 f"--resume takes its settings from the checkpoint: remove {', '.join(others)}"
             )
-        return loop.resume(resumed)
+        return loop.resume(resumed, **devices)
     if options.get("text") == "":
         raise UserError("--text must name a file or folder. Got an empty string.")
     if "text" in options:
         options["text"] = os.path.abspath(options["text"])
     now = datetime.datetime.now(datetime.UTC)
-    return loop.start(Settings(**options), folder or pathlib.Path("runs", f"{now:%Y%m%d-%H%M%S}"))
+    folder = folder or pathlib.Path("runs", f"{now:%Y%m%d-%H%M%S}")
+    return loop.start(Settings(**options), folder, **devices)
 
 
 def _add_summary(commands: argparse._SubParsersAction) -> None:

@@ -56,3 +56,12 @@ def check_backend(name: str) -> str:
     if name != "auto":
         BACKENDS[name].require()
     return name
+
+
+def check_parallel_backend(name: str) -> None:
+    """The backend computes any subset of the assignments; `ValueError` otherwise."""
+    if name != "auto" and BACKENDS[name].dispatch is not sorted_dispatch:
+        raise ValueError(
+            "`backend` must be one that sorts its rows to be computed by several devices. "
+            f"Got {name!r}."
+        )

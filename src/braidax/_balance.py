@@ -8,6 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32, Integer, Real
 
+from ._mesh import reduction_on_any_mesh
 from ._routing import Routing
 from ._scoring import normalise
 
@@ -26,6 +27,7 @@ def count_assignments(
     return jnp.diff(edges).astype(jnp.int32)
 
 
+@reduction_on_any_mesh
 def expert_load(routing: Routing) -> Int32[Array, " experts"]:
     """Assignments that each expert receives, `(experts,)` int32.
 
@@ -93,6 +95,7 @@ def _token_mask(routing: Routing) -> Bool[Array, "*batch"]:
     return routing.mask
 
 
+@reduction_on_any_mesh
 def sequence_balance_loss(routing: Routing) -> Float[Array, ""]:
     """Sequence-wise balance loss, unweighted, float32: DeepSeek-V3 (arXiv 2412.19437), eq. 17-20.
 
@@ -113,6 +116,7 @@ def sequence_balance_loss(routing: Routing) -> Float[Array, ""]:
     return _balance_loss(scores, mask.reshape(groups, tokens), routing.indices.shape[-1])
 
 
+@reduction_on_any_mesh
 def batch_balance_loss(routing: Routing) -> Float[Array, ""]:
     """`sequence_balance_loss` with all tokens, whatever their axes, as one sequence."""
     scores, mask = routing.scores, _token_mask(routing)
@@ -121,6 +125,7 @@ def batch_balance_loss(routing: Routing) -> Float[Array, ""]:
     return _balance_loss(scores, mask.reshape(1, tokens), routing.indices.shape[-1])
 
 
+@reduction_on_any_mesh
 def router_z_loss(routing: Routing) -> Float[Array, ""]:
     """Mean over valid tokens of `logsumexp(logits) ** 2`, unweighted, float32.
 

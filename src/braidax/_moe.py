@@ -6,6 +6,8 @@ The `Routing` is returned beside the output; losses, metrics and the bias update
 it, outside the layer.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,7 @@ class RoutedMoE(eqx.Module):
     backend: str = eqx.field(static=True)
     checks: bool = eqx.field(static=True)
     remat: bool = eqx.field(static=True)
+    parallel: Any = eqx.field(static=True)
 
     def __init__(
         self,
@@ -70,6 +73,7 @@ class RoutedMoE(eqx.Module):
         self.backend = check_backend(backend)
         self.checks = _boolean("checks", checks)
         self.remat = _boolean("remat", remat)
+        self.parallel = None  # Set by `ExpertParallel.shard`.
 
     @classmethod
     def from_config(
@@ -199,14 +203,16 @@ def routed_sum(
     key: PRNGKeyArray | None,
 ) -> tuple[Float[Array, "*batch hidden"], Routing]:
     """The four stages, up to the float32 (or wider) sum over experts, not yet rounded."""
+    if routing is not None:
+        check_replay(block.router, hidden_states, mask, routing)
+        routing = within_range(routing, checks=block.checks)
+    if block.parallel is not None:
+        return block.parallel.routed_sum(block, hidden_states, input_ids, mask, routing, key)
     if routing is None:
         routing = block.router(hidden_states, input_ids, mask=mask, key=key)
         if block.checks:
             weights = block.router.checked_weights(routing.weights, input_ids, mask)
             routing = eqx.tree_at(lambda routing: routing.weights, routing, weights)
-    else:
-        check_replay(block.router, hidden_states, mask, routing)
-        routing = within_range(routing, checks=block.checks)
     batch, hidden = hidden_states.shape[:-1], hidden_states.shape[-1]
     tokens = zero_masked(hidden_states, routing.mask).reshape(-1, hidden)
     flat_mask = None if routing.mask is None else routing.mask.reshape(-1)

@@ -49,7 +49,10 @@ def _forward(
 ):
     num_rows = rows.shape[0]
     dtype = accumulation_dtype(rows, up, down)
-    outputs = [jnp.zeros((num_rows, size), dtype) for size in (down.shape[2], up.shape[1])]
+    # Like the rows: inside `jax.shard_map` a loop's carry has to vary over the mesh as they do.
+    outputs = [
+        jax.lax.full_like(rows, 0, dtype, (num_rows, size)) for size in (down.shape[2], up.shape[1])
+    ]
     outputs = tuple(outputs if save else outputs[:1])
     if num_rows > 0:
         sizes = block_sizes(num_rows, up.shape[0])
@@ -93,7 +96,7 @@ def _backward(
     # A block's cotangent is replaced by what comes of it, in place.
     owned = (jnp.arange(num_rows) < group_sizes.sum())[:, None]
     outputs = (jnp.where(owned, cotangent, 0).astype(dtype),)
-    outputs += tuple(jnp.zeros(stack.shape, dtype) for stack in (up, down))
+    outputs += tuple(jax.lax.full_like(rows, 0, dtype, stack.shape) for stack in (up, down))
     if num_rows == 0:
         return outputs
     sizes = block_sizes(num_rows, up.shape[0])

@@ -95,7 +95,8 @@ def _multiply(
     num_rows = rows.shape[0]
     size_out = weight.shape[1 if transposed else 2]
     dtype = accumulation_dtype(rows, weight)
-    output = jnp.zeros((num_rows, size_out), dtype)
+    # Like the rows: inside `jax.shard_map` a loop's carry has to vary over the mesh as they do.
+    output = jax.lax.full_like(rows, 0, dtype, (num_rows, size_out))
     if num_rows == 0:
         return output
     sizes = block_sizes(num_rows, weight.shape[0])
@@ -128,7 +129,8 @@ def _outer(
 ) -> Float[Array, "groups a b"]:
     num_rows = left.shape[0]
     dtype = accumulation_dtype(left, right)
-    output = jnp.zeros((group_sizes.shape[0], left.shape[1], right.shape[1]), dtype)
+    shape = (group_sizes.shape[0], left.shape[1], right.shape[1])
+    output = jax.lax.full_like(left, 0, dtype, shape)
     if num_rows == 0:
         return output
     sizes = block_sizes(num_rows, group_sizes.shape[0])

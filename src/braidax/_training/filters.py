@@ -8,6 +8,7 @@ import jax
 from jaxtyping import Array, ArrayLike, Int32, PyTree, Real
 
 from .._balance import count_assignments
+from .._mesh import reduction_on_any_mesh
 from .._router.base import AbstractRouter
 from .._routing import Routing
 
@@ -75,7 +76,7 @@ def _layer_loads(router: AbstractRouter, routing: Routing, position: int) -> Int
 
     for _ in layers:
         count = jax.vmap(count)
-    return count(routing.indices, routing.mask)
+    return reduction_on_any_mesh(count)(routing.indices, routing.mask)
 
 
 def rebalance(

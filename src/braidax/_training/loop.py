@@ -12,6 +12,7 @@ from jaxtyping import Int
 from . import checkpoint
 from .checkpoint import CheckpointError, Header
 from .corpus import Corpus, check_length, read_corpus
+from .devices import Devices, find_devices
 from .interrupt import StopRequest
 from .memory import check_memory, memory_errors_named
 from .progress import Progress
@@ -21,7 +22,13 @@ from .step import State, initial_state, make_optimizer, make_step
 from .windows import training_windows
 
 
-def start(settings: Settings, folder: pathlib.Path) -> int:
+def start(
+    settings: Settings,
+    folder: pathlib.Path,
+    *,
+    expert_parallel: int | None = None,
+    distributed: bool = False,
+) -> int:
     """Train from the beginning and return the exit code.
 
     Raises `UserError`, most often one of its kinds `CorpusError` and `CheckpointError`.
@@ -29,6 +36,12 @@ def start(settings: Settings, folder: pathlib.Path) -> int:
     check_memory(settings)
     corpus = read_corpus(settings.text)
     check_length(corpus, settings.length)
+    devices = find_devices(settings, expert_parallel, distributed)
+    with devices.only_one_writes(folder) as folder:
+        return _start(folder, settings, corpus, devices)
+
+
+def _start(folder: pathlib.Path, settings: Settings, corpus: Corpus, devices: Devices) -> int:
     if os.path.lexists(folder / checkpoint.FILE_NAME):
         raise CheckpointError(
             f"--out {folder} already holds a run: continue it with --resume or name another folder"
@@ -42,10 +55,12 @@ def start(settings: Settings, folder: pathlib.Path) -> int:
         checkpoint.save(folder, Header(settings, 0, corpus.sha256), state)
     except OSError as error:
         raise CheckpointError(f"cannot write to --out {folder}: {error.strerror}") from error
-    return _train(folder, settings, corpus, optimizer, state, first_step=0)
+    return _train(folder, settings, corpus, optimizer, devices, state, first_step=0)
 
 
-def resume(folder: pathlib.Path) -> int:
+def resume(
+    folder: pathlib.Path, *, expert_parallel: int | None = None, distributed: bool = False
+) -> int:
     """Continue the run in `folder` from its checkpoint, exactly, and return the exit code.
 
     Raises `CorpusError` or `CheckpointError`, the latter also when the text has changed.
@@ -59,10 +74,14 @@ def resume(folder: pathlib.Path) -> int:
             f"{corpus.source} has changed: sha256 {corpus.sha256}, the checkpoint was trained on"
             f" {header.corpus_sha256}"
         )
+    devices = find_devices(header.settings, expert_parallel, distributed)
     optimizer = make_optimizer(header.settings)
     state = checkpoint.load_state(folder, initial_state(header.settings, optimizer))
-    print(f"resuming {folder} after step {header.step}", flush=True)
-    return _train(folder, header.settings, corpus, optimizer, state, first_step=header.step)
+    with devices.only_one_writes(folder) as folder:
+        print(f"resuming {folder} after step {header.step}", flush=True)
+        return _train(
+            folder, header.settings, corpus, optimizer, devices, state, first_step=header.step
+        )
 
 
 def _train(
@@ -70,6 +89,7 @@ def _train(
     settings: Settings,
     corpus: Corpus,
     optimizer: optax.GradientTransformation,
+    devices: Devices,
     state: State,
     *,
     first_step: int,
@@ -77,22 +97,24 @@ def _train(
     saved_step = first_step
     begin = time.perf_counter()
     print(corpus.describe(), flush=True)
-    step = make_step(settings, optimizer)
+    step, state = make_step(settings, optimizer), devices.place(state)
     try:
         with Progress(settings, folder, first_step) as progress, StopRequest() as request:
             for done in range(first_step + 1, settings.steps + 1):
                 with memory_errors_named():
-                    state, metrics = step(_windows(corpus, settings, done), state)
+                    windows = devices.spread(_windows(corpus, settings, done))
+                    state, metrics = step(windows, state)
                 if progress.is_due(done):
-                    progress.record(done, metrics)
-                stop = request.signal_number
+                    progress.record(done, devices.on_host(metrics))
+                stop = devices.agreed(request.signal_number)
                 if stop or done == settings.steps or done % settings.checkpoint_every == 0:
-                    checkpoint.save(folder, Header(settings, done, corpus.sha256), state)
+                    header = Header(settings, done, corpus.sha256)
+                    checkpoint.save(folder, header, devices.on_host(state))
                     saved_step = done
                 if stop:
                     progress.say(f"stopped after step {done}; continue with: {_command(folder)}")
                     return 128 + stop
-        print(write_report(folder, settings, corpus, state), flush=True)
+        print(write_report(folder, settings, corpus, devices, state), flush=True)
         print(draw_balance(folder, settings))
     except OSError as error:
         raise CheckpointError(

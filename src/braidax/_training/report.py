@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from .._balance import dead_experts, load_entropy, max_violation
 from .corpus import Corpus
+from .devices import Devices
 from .filters import trainable
 from .language_model import LanguageModel
 from .progress import format_layers, read_history
@@ -23,14 +24,16 @@ from .step import State, evaluate
 from .windows import held_out_windows
 
 
-def write_report(folder: pathlib.Path, settings: Settings, corpus: Corpus, state: State) -> str:
+def write_report(
+    folder: pathlib.Path, settings: Settings, corpus: Corpus, devices: Devices, state: State
+) -> str:
     """Evaluate the model on held-out text, write report.json and return the lines to print.
 
     The file holds no times: a resumed run writes the same bytes as one that was never stopped.
     A figure that is not finite is null in it.
     """
     model, skipped = state.model, int(state.skipped)
-    bits_per_byte, num_bytes, loads = _held_out_pass(settings, corpus, model)
+    bits_per_byte, num_bytes, loads = _held_out_pass(settings, corpus, devices, model)
     layers = [_layer(name, load) for name, load in zip(settings.layer_names(), loads, strict=True)]
     total, active = _num_parameters(settings, model)
     report = {
@@ -82,7 +85,7 @@ def draw_balance(folder: pathlib.Path, settings: Settings) -> str:
 
 
 def _held_out_pass(
-    settings: Settings, corpus: Corpus, model: LanguageModel
+    settings: Settings, corpus: Corpus, devices: Devices, model: LanguageModel
 ) -> tuple[float, int, list[np.ndarray]]:
     """`(bits per byte, bytes predicted, load of each routed layer)`."""
     windows = held_out_windows(corpus.held_out, count=settings.eval_windows, length=settings.length)
@@ -91,7 +94,8 @@ def _held_out_pass(
     batches = windows[: len(windows) // batch * batch].reshape(-1, batch, settings.length + 1)
     losses, loads = [], [np.zeros(settings.experts, np.int64) for _ in settings.layer_names()]
     for batch_windows in batches:
-        loss, batch_loads = evaluate(model, jnp.asarray(batch_windows))
+        evaluated = evaluate(model, jnp.asarray(devices.spread(batch_windows)))
+        loss, batch_loads = devices.on_host(evaluated)
         losses.append(float(loss))
         loads = [total + np.asarray(load) for total, load in zip(loads, batch_loads, strict=True)]
     return math.fsum(losses) / len(losses) / math.log(2), batches[:, :, 1:].size, loads

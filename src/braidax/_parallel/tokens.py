@@ -1,0 +1,84 @@
+"""Token arrays on the mesh: one leading axis that divides, and back to the shape they came in."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool
+
+if TYPE_CHECKING:
+    from .expert_parallel import ExpertParallel
+
+
+class Layout(NamedTuple):
+    """How `*batch` becomes something that is split over the token axes of the mesh.
+
+    If the first axis divides, nothing is reshaped. Otherwise all axes are flattened to one and
+    padded. `names` are the mesh axes of each batch axis on the way in, on an Explicit mesh.
+    """
+
+    parallel: "ExpertParallel"
+    batch: tuple[int, ...]
+    names: tuple
+
+    @property
+    def direct(self) -> bool:
+        """Whether the first batch axis divides as it is."""
+        return bool(self.batch) and 0 < self.batch[0] and not self.batch[0] % self.shards
+
+    @property
+    def shards(self) -> int:
+        """Parts that the tokens are split into."""
+        return self.parallel.token_shards
+
+    @property
+    def padding(self) -> int:
+        """Tokens to add behind the flattened ones; at least one for each part."""
+        count = math.prod(self.batch)
+        return 0 if self.direct else max(1, -(-count // self.shards)) * self.shards - count
+
+    def live(self) -> Bool[Array, " tokens"] | None:
+        """`False` on the added tokens; `None` where there are none."""
+        if not self.padding:
+            return None
+        count = math.prod(self.batch)
+        live = jnp.arange(count + self.padding) < count
+        return self._placed(lambda array: array, live, (self.parallel.tokens,))
+
+    def spread(self, array: Array) -> Array:
+        """`(*batch, ...)` with one leading axis in equal parts."""
+
+        def flatten(array: Array) -> Array:
+            rest = array.shape[len(self.batch) :]
+            array = array.reshape(math.prod(self.batch), *rest)
+            return jnp.pad(array, ((0, self.padding), *[(0, 0)] * len(rest)))
+
+        flat = flatten if not self.direct else lambda array: array
+        return self._placed(flat, array, (self.parallel.tokens,))
+
+    def restore(self, array: Array) -> Array:
+        """The inverse of `spread`, without the padding and where the batch was on the mesh."""
+
+        def unflatten(array: Array) -> Array:
+            return array[: math.prod(self.batch)].reshape(*self.batch, *array.shape[1:])
+
+        return self._placed(unflatten if not self.direct else lambda a: a, array, self.names)
+
+    def _placed(self, function: Callable[[Array], Array], array: Array, names: tuple) -> Array:
+        if not self.parallel.explicit:
+            return function(array)
+        # Here the compiler reshards, as it does everywhere on an Auto mesh.
+        sharding = NamedSharding(self.parallel.mesh, PartitionSpec(*names))
+        return jax.sharding.auto_axes(function, out_sharding=sharding)(array)
+
+
+def layout_of(parallel: "ExpertParallel", hidden_states: Array) -> Layout:
+    """The layout of hidden states `(*batch, hidden)`, and where an Explicit mesh has them."""
+    batch = hidden_states.shape[:-1]
+    sharding = jax.typeof(hidden_states).sharding
+    on_mesh = parallel.explicit and not sharding.mesh.empty
+    names = tuple(sharding.spec)[: len(batch)] if on_mesh else ()
+    return Layout(parallel, batch, (*names, *[None] * (len(batch) - len(names))))

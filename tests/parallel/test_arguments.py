@@ -1,0 +1,86 @@
+"""Mistakes are errors that name the argument, and layouts that are not ours are left alone."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from meshes import HIDDEN, VOCAB, make_block, make_mesh, make_tokens
+
+import braidax as bx
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"axis": "model"}, ValueError, "`tokens` must hold `axis`"),
+        ({"tokens": ("expert", "batch")}, ValueError, "`mesh` must hold the axes"),
+        ({"tokens": ("expert", "expert")}, ValueError, "no name twice"),
+        ({"tokens": "expert"}, TypeError, "`tokens` must be a tuple"),
+        ({"strategy": "ring"}, ValueError, "`strategy` must be one of"),
+        ({"capacity": 1.5}, ValueError, "`capacity` must be None unless"),
+        ({"strategy": "all_to_all", "capacity": 0}, ValueError, "`capacity` must be finite and"),
+    ],
+)
+def test_construction(options, error, message, unchecked):
+    with pytest.raises(error, match=message):
+        bx.ExpertParallel(make_mesh(), **options)
+
+
+def test_axes_of_two_kinds(unchecked):
+    devices = np.array(jax.devices()).reshape(2, 2)
+    mesh = Mesh(devices, ("data", "expert"), axis_types=(AxisType.Auto, AxisType.Explicit))
+    with pytest.raises(ValueError, match="all Auto or all Explicit"):
+        bx.ExpertParallel(mesh)
+    bx.ExpertParallel(mesh, tokens=("expert",))
+    with pytest.raises(TypeError, match="`mesh` must be a jax.sharding.Mesh. Got str"):
+        bx.ExpertParallel("mesh")
+
+
+def test_models():
+    parallel = bx.ExpertParallel(make_mesh())
+    with pytest.raises(ValueError, match="`model` must hold at least one RoutedMoE"):
+        parallel.shard(eqx.nn.Linear(2, 2, key=jax.random.key(0)))
+    with pytest.raises(ValueError, match="`backend` must be one that sorts"):
+        parallel.shard(make_block(backend="dense"))
+    checked = make_block()
+    checked = bx.RoutedMoE(checked.routed.router, checked.routed.experts, checks=True)
+    with pytest.raises(ValueError, match="`checks` must be False"):
+        parallel.shard(checked)
+
+
+def test_tokens(unchecked):
+    model = bx.ExpertParallel(make_mesh()).shard(make_block("hash"))
+    hidden_states, input_ids, _ = make_tokens(4, 5)
+    with pytest.raises(ValueError, match=r"\(\*batch, hidden=8\). Got \(4, 5, 7\)"):
+        model(hidden_states[..., :7], input_ids)
+    with pytest.raises(ValueError, match=r"`input_ids` must have the shape.*\(4, 5\). Got \(5,\)"):
+        model(hidden_states, input_ids[0])
+    with pytest.raises(ValueError, match=r"`mask` must have the shape"):
+        model(hidden_states, input_ids, mask=jnp.ones(4, bool))
+    with pytest.raises(ValueError, match="`input_ids` must be given to a `HashRouter`"):
+        model(hidden_states)
+
+
+def test_shard_touches_only_the_blocks():
+    mesh = make_mesh()
+    parallel = bx.ExpertParallel(mesh)
+    fsdp = NamedSharding(mesh, PartitionSpec(None, "data"))
+    embedding = eqx.nn.Embedding(VOCAB, HIDDEN, key=jax.random.key(0))
+    weight = jax.device_put(embedding.weight, fsdp)
+    embedding = eqx.tree_at(lambda e: e.weight, embedding, weight)
+    model = {"embedding": embedding, "block": make_block(), "scale": jnp.ones(())}
+    sharded = parallel.shard(model)
+    assert sharded["embedding"].weight is embedding.weight
+    assert sharded["block"].shared.down is model["block"].shared.down
+    shardings = parallel.shardings(sharded)
+    assert shardings["embedding"].weight == fsdp
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    assert shardings["scale"] == shardings["block"].routed.router.weight == everywhere
+    experts = NamedSharding(mesh, PartitionSpec("expert"))
+    assert shardings["block"].routed.experts.gate_up == experts
+    assert sharded["block"].routed.experts.gate_up.sharding == experts
+    # The same for shapes alone, which is what a checkpoint library restores into.
+    shapes = eqx.filter_eval_shape(lambda: parallel.shard(make_block()))
+    assert parallel.shardings(shapes).routed.experts.down == experts

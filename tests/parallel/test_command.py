@@ -1,0 +1,105 @@
+"""`python -m braidax train` on many devices, in one process and in two."""
+
+import csv
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+from test_processes import free_port, run_pair
+
+from braidax.__main__ import main
+from braidax._training import loop
+from braidax._training.settings import Settings
+
+SIZES = {"hidden": 16, "layers": 2, "heads": 2, "experts": 4, "intermediate": 8}
+RUN = {"batch": 4, "length": 16, "steps": 3, "eval_windows": 8, "log_every": 1, **SIZES}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(b"routers choose, experts compute, sums return.\n\n\n" * 100)
+    return Settings(text=str(path), **RUN)
+
+
+@pytest.fixture(scope="module")
+def runs(settings, tmp_path_factory):
+    """Folders of the same run on one device and on four."""
+    folders = {}
+    for name, size in (("one", None), ("many", 2)):
+        folders[name] = tmp_path_factory.mktemp(name) / "out"
+        assert loop.start(settings, folders[name], expert_parallel=size) == 0
+    return folders
+
+
+def read(folder):
+    """`(losses of all steps, held-out bits per byte, loads of the layers)`."""
+    with open(folder / "metrics.csv", newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    report = json.loads((folder / "report.json").read_text())
+    loads = [layer["load"] for layer in report["layers"]]
+    return np.array(losses), report["validation_bits_per_byte"], np.array(loads)
+
+
+def assert_same_run(folder, other):
+    for one, two in zip(read(folder), read(other), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
+def test_many_devices_train_as_one(runs):
+    assert_same_run(runs["many"], runs["one"])
+
+
+@pytest.mark.parametrize("name, size", [("many", None), ("one", 4)])
+def test_a_checkpoint_continues_on_another_number_of_devices(name, size, runs, tmp_path):
+    before = read(runs[name])
+    # At its last step: what is left is to report what the loaded weights do.
+    (runs[name] / "report.json").unlink()
+    assert loop.resume(runs[name], expert_parallel=size) == 0
+    for one, two in zip(read(runs[name]), before, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
+def test_two_processes_train_as_one(settings, runs, tmp_path):
+    options = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in dataclasses.asdict(settings).items()
+        if name in (*RUN, "text")
+    ]
+    command = [sys.executable, "-m", "braidax", "train", f"--out={tmp_path / 'out'}", *options]
+    port, environments = free_port(), []
+    for process in (0, 1):
+        address = f"127.0.0.1:{port}"
+        variables = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "2",
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_COORDINATOR_BIND_ADDRESS": address,
+            "SLURM_JOB_ID": "1",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_STEP_NUM_NODES": "1",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(process),
+            "SLURM_LOCALID": str(process),
+        }
+        environments.append(variables)
+    run_pair([[*command, "--distributed", "--expert-parallel=4"]] * 2, environments)
+    assert_same_run(tmp_path / "out", runs["one"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--expert-parallel 3", "--expert-parallel must divide the 4 devices. Got 3."),
+        ("--expert-parallel 4 --experts 6", "--expert-parallel must divide --experts. Got 4 and 6"),
+        ("--expert-parallel 2 --dense", "need experts: remove --dense"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, settings, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", f"--out={tmp_path}", f"--text={settings.text}", *arguments.split()])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and message in error and error.count("\n") == 1

@@ -1,0 +1,196 @@
+"""Many devices give what one device gives: outputs, gradients, loads, optimizer steps."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshes import (
+    HIDDEN,
+    KINDS,
+    STRATEGIES,
+    assert_trees_close,
+    loss_of,
+    make_block,
+    make_mesh,
+    make_tokens,
+    place,
+    spread,
+    train,
+)
+
+import braidax as bx
+
+# One leading axis that divides over four shards, and tokens that do not.
+BATCHES = {"divides": (4, 5), "padded": (3, 5)}
+
+
+@functools.cache
+def one_device(batch, num_experts=8):
+    return train(make_block(num_experts=num_experts), make_tokens(*batch))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_training_equals_one_device(strategy, kind, batch, caplog):
+    parallel = bx.ExpertParallel(make_mesh(kind), strategy=strategy)
+    model = place(parallel, parallel.shard(make_block()))
+    tokens = spread(parallel, *make_tokens(*BATCHES[batch]))
+    desired = one_device(BATCHES[batch])
+    with jax.log_compiles():
+        actual = train(model, list(tokens), parallel)
+    assert_trees_close(actual, desired)
+    # Three steps, compiled once.
+    messages = [record.getMessage() for record in caplog.records]
+    compiled = [m for m in messages if m.startswith("Finished XLA compilation of jit(step)")]
+    assert len(compiled) == 1
+    assert int(actual[0].routing.dropped) == 0
+    # The router's gradient by itself: it is small beside the experts'.
+    (one, _), (other, _) = actual[0].gradients, desired[0].gradients
+    gradient = np.asarray(other.routed.router.weight)
+    np.testing.assert_allclose(
+        one.routed.router.weight, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max()
+    )
+    # And an expert that nobody was routed to.
+    assert int(actual[0].load[-1]) == 0 and not np.asarray(one.routed.experts.down)[-1].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_that_do_not_divide_are_padded(kind):
+    parallel = bx.ExpertParallel(make_mesh(kind, (1, 4)))
+    with pytest.warns(UserWarning, match="6 experts do not divide over 4 devices"):
+        model = parallel.shard(make_block(num_experts=6))
+    tokens = list(spread(parallel, *make_tokens(4, 5)))
+    assert_trees_close(
+        train(place(parallel, model), tokens, parallel, steps=1),
+        train(make_block(num_experts=6), make_tokens(4, 5), steps=1),
+    )
+
+
+@pytest.mark.parametrize(
+    "shape, names, tokens, strategy",
+    [
+        ((4, 1), ("data", "expert"), ("data", "expert"), "gather"),
+        ((4, 1), ("data", "expert"), ("data", "expert"), "all_to_all"),
+        ((4, 1), ("data", "expert"), ("data", "expert"), "ragged"),
+        ((1, 4), ("data", "expert"), ("expert",), "all_to_all"),
+        ((2, 2), ("expert", "model"), ("expert",), "gather"),
+        ((2, 2), ("data", "expert"), ("expert", "data"), "ragged"),
+    ],
+)
+def test_other_meshes(shape, names, tokens, strategy):
+    hidden_states, input_ids, _ = make_tokens(4, 5)
+    parallel = bx.ExpertParallel(make_mesh("auto", shape, names), tokens=tokens, strategy=strategy)
+    actual = eqx.filter_jit(parallel.shard(make_block()))(hidden_states, input_ids)
+    assert_trees_close(actual, forward_on_one_device())
+
+
+@functools.cache
+def forward_on_one_device():
+    hidden_states, input_ids, _ = make_tokens(4, 5)
+    return eqx.filter_jit(make_block())(hidden_states, input_ids)
+
+
+@eqx.filter_jit
+def masked_and_replayed(model, hidden_states, input_ids, target, mask):
+    """Losses and gradients with a mask, and with the routing that came of it."""
+    value_and_grad = eqx.filter_value_and_grad(loss_of, has_aux=True)
+    hidden_states = jnp.where(mask[..., None], hidden_states, 0)
+    first = value_and_grad(model, hidden_states, input_ids, target, mask=mask)
+    routing = first[0][1][1]
+    return first, value_and_grad(model, hidden_states, input_ids, target, routing=routing)
+
+
+@functools.cache
+def masked_on_one_device():
+    hidden_states, input_ids, target = make_tokens(3, 5)
+    mask = jnp.arange(15).reshape(3, 5) % 4 != 1
+    arrays = (hidden_states, jnp.where(mask, input_ids, -1), target, mask)
+    return arrays, masked_and_replayed(make_block("hash"), *arrays)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hashed_masked_and_replayed(kind):
+    arrays, desired = masked_on_one_device()
+    parallel = bx.ExpertParallel(make_mesh(kind))
+    model = place(parallel, parallel.shard(make_block("hash")))
+    assert_trees_close(masked_and_replayed(model, *spread(parallel, *arrays)), desired)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nothing_of_a_masked_token_gets_out(strategy):
+    parallel = bx.ExpertParallel(make_mesh(), strategy=strategy)
+    hidden_states, input_ids, _ = make_tokens(3, 5)
+    mask = jnp.arange(15).reshape(3, 5) % 4 != 1
+    broken = jnp.where(mask[..., None], hidden_states, jnp.nan)
+    model = eqx.filter_jit(eqx.filter_grad(lambda m, *a: jnp.sum(m(*a[:2], mask=a[2])[0])))
+    sharded = parallel.shard(make_block("hash"))
+    gradients = model(sharded, broken, jnp.where(mask, input_ids, -1), mask)
+    assert_trees_close(gradients, model(sharded, hidden_states, input_ids, mask), tolerance=0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_nan_token_reaches_itself_alone(strategy):
+    parallel = bx.ExpertParallel(make_mesh(), strategy=strategy)
+    hidden_states, input_ids, _ = make_tokens(4, 5)
+    broken = hidden_states.at[1, 2].set(jnp.nan)
+    model = eqx.filter_jit(parallel.shard(make_block()))
+    clean, _ = model(hidden_states, input_ids)
+    output, _ = model(broken, input_ids)
+    others = np.ones((4, 5), bool)
+    others[1, 2] = False
+    assert np.isnan(output[1, 2]).all()
+    np.testing.assert_array_equal(np.asarray(output)[others], np.asarray(clean)[others])
+
+
+@pytest.mark.parametrize("kind, batch", [("explicit", ()), ("auto", (1,)), ("auto", (0,))])
+def test_one_token_and_none(kind, batch):
+    parallel = bx.ExpertParallel(make_mesh(kind))
+    block = make_block()
+    model = place(parallel, parallel.shard(block))
+    hidden_states, input_ids, _ = make_tokens(*batch)
+    actual = eqx.filter_jit(model)(*spread(parallel, hidden_states, input_ids))
+    assert actual[0].shape == (*batch, HIDDEN)
+    assert_trees_close(actual, eqx.filter_jit(block)(hidden_states, input_ids))
+
+
+def test_bfloat16():
+    parallel = bx.ExpertParallel(make_mesh())
+    block = make_block(dtype=jnp.bfloat16)
+    tokens = make_tokens(4, 5, dtype=jnp.bfloat16)
+    call = eqx.filter_jit(eqx.filter_value_and_grad(loss_of, has_aux=True))
+    actual, desired = call(parallel.shard(block), *tokens), call(block, *tokens)
+    # The sums over experts are float32 on any number of devices; the gradients of the weights are
+    # rounded to bfloat16 before they are summed over devices: two roundings of 2**-9 each.
+    assert_trees_close(actual[0], desired[0])
+    assert_trees_close(actual[1], desired[1], tolerance=2**-7)
+
+
+def test_layers_by_scan_with_checkpoint():
+    parallel = bx.ExpertParallel(make_mesh())
+    make = lambda key: bx.RoutedMoE(  # noqa: E731
+        bx.TopKRouter(HIDDEN, 8, 3, key=key),
+        bx.SwiGLUExperts(8, HIDDEN, 6, key=key),
+    )
+    layers = eqx.filter_vmap(make)(jax.random.split(jax.random.key(5), 3))
+    sharded = parallel.shard(layers)
+    assert sharded.experts.down.sharding.spec[:2] == (None, "expert")
+    hidden_states, _, target = make_tokens(4, 5)
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad(has_aux=True)
+    def run(layers):
+        arrays, static = eqx.partition(layers, eqx.is_array)
+
+        @eqx.filter_checkpoint
+        def body(hidden_states, layer):
+            output, routing = eqx.combine(layer, static)(hidden_states)
+            return hidden_states + output, bx.expert_load(routing)
+
+        output, loads = jax.lax.scan(body, hidden_states, arrays)
+        return jnp.mean(jnp.square(output - target)), loads
+
+    assert_trees_close(run(sharded), run(layers))
