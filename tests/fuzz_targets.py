@@ -77,6 +77,9 @@ _COMMANDS = (
     "train --shared-experts 1 --hash-layers 0 --learning-rate 0.01 --balance-rate 0.001 --dense",
     "train --log-every 5 --checkpoint-every 50 --eval-windows 64 --text . --length 4",
     "train --help",
+    "summary .",
+    "summary text.txt --layer 0",
+    "bench --groups layers decode --directions forward --rounds 2 --backends blocks dense",
 )
 _ODD_WORDS = (
     *("", " ", "-", "--", "---", "-h", "--help", "train", "--resume", "--out", "--text", "--dense"),
@@ -139,6 +142,7 @@ def _use_arguments(given: list[str], folder: pathlib.Path) -> str | None:
     from unittest import mock
 
     from braidax import __main__ as program
+    from braidax._bench import report
     from braidax._training import loop
 
     home = _prepared(folder)
@@ -150,7 +154,9 @@ def _use_arguments(given: list[str], folder: pathlib.Path) -> str | None:
         "read_corpus": lambda text: read(str(home / "text.txt") if text is None else text),
     }
     output, errors = _stream(), _stream()
-    patches = mock.patch.multiple(loop, **quick)
+    patches = contextlib.ExitStack()
+    patches.enter_context(mock.patch.multiple(loop, **quick))
+    patches.enter_context(mock.patch.multiple(report, measure=lambda *given: [], header=str))
     redirected = contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors)
     with contextlib.chdir(home), patches, redirected[0], redirected[1]:
         try:

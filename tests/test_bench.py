@@ -109,6 +109,7 @@ def test_the_program(tiny_groups, tmp_path, capsys):
         (["--groups", "all"], "--groups must be among layers"),
         (["--directions", "backward"], "--directions must be among forward, forward"),
         (["--rounds", "0"], "--rounds must be at least 1. Got 0"),
+        (["--groups", "decode", "--directions", "forward+backward"], "no backward pass"),
         (["--backends", "fast"], "`backend` must be one of"),
     ],
 )

@@ -317,6 +317,27 @@ def test_numbers_that_float16_cannot_hold(tmp_path, name):
         bx.load_moe(tmp_path, SCORED, dtype=jnp.float16)
 
 
+@pytest.mark.parametrize("end", ["gate.weight", "experts.1.w3.weight", "shared_experts.w2.weight"])
+def test_numbers_that_float32_cannot_hold(tmp_path, end):
+    def change(tensors):
+        name = next(name for name in tensors if name.endswith(end))
+        tensors[name] = np.full(tensors[name].shape, 1e300)
+
+    write(tmp_path, LAYOUTS["transformers, upstream names, float32"], SCORED, change)
+    with pytest.raises(ValueError, match=f"{end}` must fit float32"):
+        bx.load_moe(tmp_path, SCORED)
+
+
+def test_a_gate_that_float16_cannot_hold(tmp_path):
+    def change(tensors):
+        name = next(name for name in tensors if name.endswith("gate.weight"))
+        tensors[name] = np.full(tensors[name].shape, 1e6, np.float32)
+
+    write(tmp_path, Layout(), SCORED, change)
+    with pytest.raises(ValueError, match="gate.weight` must fit float16. Got 1000000.0"):
+        bx.load_moe(tmp_path, SCORED, dtype=jnp.float16)
+
+
 def test_dtypes_that_weights_cannot_have(tmp_path):
     write(tmp_path, Layout(), SCORED)
     for dtype in ("int32", jnp.float8_e4m3fn):

@@ -319,6 +319,19 @@ def test_replaying_an_index_of_no_expert_poisons_its_token_only(bad, backend):
     np.testing.assert_array_equal(np.asarray(output)[others], np.asarray(clean)[others])
 
 
+@pytest.mark.parametrize("dtype, experts", [("uint8", 256), ("int8", 128)])
+def test_replaying_narrow_indices_of_as_many_experts_as_they_have_values(dtype, experts, unchecked):
+    router = bx.TopKRouter(HIDDEN, experts, SLOTS, key=jax.random.key(0))
+    stack = bx.SwiGLUExperts(experts, HIDDEN, INTERMEDIATE, key=jax.random.key(1))
+    block = bx.RoutedMoE(router, stack)
+    hidden_states, _ = make_inputs((6,))
+    output, routing = block(hidden_states)
+    narrow = eqx.tree_at(lambda r: r.indices, routing, routing.indices.astype(dtype))
+    replayed, again = block(hidden_states, routing=narrow)
+    np.testing.assert_array_equal(np.asarray(replayed), np.asarray(output))
+    assert again.indices.dtype == jnp.int32
+
+
 @every_backend
 def test_a_masked_row_stops_nan_in_both_directions(backend):
     block = make_block(bx, "top_k", backend).routed

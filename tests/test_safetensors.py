@@ -125,7 +125,15 @@ HEADERS = {
     "wrong size": ({"a": entry("F32", (2,), (0, 4))}, "`a` must have the 2 elements of F32"),
     "product that overflows 64 bits": (
         {"a": entry("U8", (2**32, 2**32), (0, 0))},
-        "`a` must have the 18446744073709551616 elements",
+        "`a` must have .* their product from 0 to",
+    ),
+    "product with a size of 0": (
+        {"a": entry("U8", (2**62, 2**62, 0), (0, 0))},
+        "`a` must have .* their product from 0 to",
+    ),
+    "thousands of axes": (
+        {"a": entry("U8", (2**62,) * 20_000, (0, 4))},
+        "`a` must have .* at most 32 axes",
     ),
     "size that overflows 64 bits": ({"a": entry(shape=(2**64,))}, "`a` must have .* all sizes"),
     "size as a float": ({"a": entry(shape=(4.0,))}, "`a` must have .* all sizes"),
@@ -249,3 +257,20 @@ def test_two_indices_are_ambiguous(tmp_path):
     with pytest.raises(ValueError, match="at most one file"):
         Checkpoint(tmp_path)
     assert Checkpoint(tmp_path / "a.safetensors.index.json").files == {}
+
+
+def test_a_repeated_key_among_many_is_found_at_once(tmp_path):
+    """One pass: quadratic time would be minutes."""
+    names = [f"layers.{i}.ffn.gate.weight" for i in range(70_000)]
+    text = "{" + ", ".join(f'"{name}": "a.safetensors"' for name in (*names, names[-1])) + "}"
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(f'{{"weight_map": {text}}}')
+    with pytest.raises(ValueError, match="the key 'layers.69999.ffn.gate.weight' is repeated"):
+        Checkpoint(path)
+
+
+def test_a_file_has_the_permissions_of_any_other(tmp_path):
+    write_safetensors(tmp_path / "a.safetensors", {"a": np.zeros(2)})
+    (tmp_path / "b").write_bytes(b"")
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1

@@ -108,6 +108,16 @@ def test_what_cannot_be_saved(tmp_path, unchecked):
     path = tmp_path / "a.safetensors"
     with pytest.raises(ValueError, match="`path` must end in .safetensors"):
         bx.save_moe(tmp_path / "folder", moe, SCORED)
+    poisoned = eqx.tree_at(
+        lambda m: m.routed.router.score_correction_bias,
+        moe,
+        moe.routed.router.score_correction_bias.at[0].set(jnp.nan),
+    )
+    path.write_bytes(b"good")
+    with pytest.raises(ValueError, match="`moe` must have a finite selection bias"):
+        bx.save_moe(path, poisoned, SCORED)
+    assert path.read_bytes() == b"good"
+    path.unlink()
     with pytest.raises(ValueError, match="`quantisation` must be one of .* Got 'int8'"):
         bx.save_moe(path, moe, SCORED, quantisation="int8")
     with pytest.raises(ValueError, match="`layer_idx` must be at least 0"):

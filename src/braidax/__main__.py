@@ -166,8 +166,11 @@ def _summary(options: dict) -> int:
 
     try:
         print(format_summary(summarise(options["path"], options["layer"])))
-    except (FileNotFoundError, ValueError) as error:
+    except ValueError as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        named = f"cannot read {error.filename}: {error.strerror}"
+        raise UserError(named if error.strerror else str(error)) from error
     return 0
 
 

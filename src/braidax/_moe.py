@@ -60,7 +60,8 @@ class RoutedMoE(eqx.Module):
             `jax.export` needs, that token gets NaN and no other token changes.
         - `remat`: do not keep the experts' pre-activations, `(rows, 2 * intermediate)` float32 in
             each layer, for the backward pass: it computes them again. Same numbers, more time;
-            less memory for layers in a `jax.lax.scan`. Unrolled layers on a CPU gain nothing.
+            less memory for layers in a `jax.lax.scan`. Unrolled layers on a CPU gain nothing, and
+            a block spread by `ExpertParallel` always recomputes.
 
         **Raises:** `ValueError` or `TypeError` naming the argument, for sizes that differ too.
         """

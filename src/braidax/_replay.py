@@ -13,7 +13,12 @@ from ._routing import Routing
 def within_range(routing: Routing, *, checks: bool) -> Routing:
     """NaN weights for the tokens whose indices name no expert, or a run-time error with `checks`.
     A router only makes valid ones."""
-    valid = (routing.indices >= 0) & (routing.indices < routing.scores.shape[-1])
+    num_experts = routing.scores.shape[-1]
+    indices = routing.indices
+    if indices.dtype.itemsize < 4:
+        # The number of experts itself may not fit the narrow type.
+        indices = indices.astype(jnp.int32)
+    valid = (indices >= 0) & (indices < num_experts)
     defined = valid.all(axis=-1, keepdims=True)
     weights = jnp.where(defined, routing.weights, jnp.nan)
     if checks:
@@ -26,7 +31,7 @@ def within_range(routing: Routing, *, checks: bool) -> Routing:
             "Got an index of no expert.",
         )
     return Routing(
-        indices=jnp.where(valid, routing.indices, 0),
+        indices=jnp.where(valid, indices, 0).astype(jnp.int32),
         weights=weights,
         scores=routing.scores,
         logits=routing.logits,

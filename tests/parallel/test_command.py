@@ -93,6 +93,7 @@ def test_two_processes_train_as_one(settings, runs, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ("--expert-parallel 0", "--expert-parallel must divide the 4 devices. Got 0."),
         ("--expert-parallel 3", "--expert-parallel must divide the 4 devices. Got 3."),
         ("--expert-parallel 4 --experts 6", "--expert-parallel must divide --experts. Got 4 and 6"),
         ("--expert-parallel 2 --dense", "need experts: remove --dense"),

@@ -38,6 +38,8 @@ def run_and_report(
             check_backend(backend)
         except ValueError as error:
             raise UserError(str(error)) from error
+    if set(groups) == {"decode"} and "forward" not in directions:
+        raise UserError("--groups decode has no backward pass: add --directions forward.")
     print(header(), flush=True)
     results = []
     for result in measure(groups, directions, rounds, backends):

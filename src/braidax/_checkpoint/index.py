@@ -12,6 +12,7 @@ from .safetensors_reader import Entry, SafetensorsFile, unique_keys
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 _SUFFIX = ".safetensors"
+_SPECIAL = set("/\\:\0")
 
 
 class Checkpoint:
@@ -123,4 +124,4 @@ def _read_index(path: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def _is_plain(shard: str) -> bool:
     """No separators of any system, no drive, no parent folder."""
-    return shard.endswith(_SUFFIX) and not set(shard) & set("/\\:\0")
+    return shard.endswith(_SUFFIX) and len(os.fsencode(shard)) < 256 and not set(shard) & _SPECIAL

@@ -33,8 +33,16 @@ class StoredLayer(NamedTuple):
     num_experts: int
 
     def gate_weight(self, dtype: np.dtype) -> np.ndarray:
-        """The router's weight, (experts, hidden)."""
-        return self._floats("weight").astype(dtype)
+        """The router's weight, (experts, hidden). **Raises:** `ValueError` if it does not fit."""
+        weight = self._floats("weight")
+        # A signalling NaN is as good as any other: it is loaded.
+        with np.errstate(over="ignore", invalid="ignore"):
+            narrowed = weight.astype(dtype)
+            too_large = (np.isinf(narrowed) & np.isfinite(weight)).any()
+        if too_large:
+            name = self.names.gate["weight"]
+            raise mistake(self.checkpoint.where(name), name, f"fit {dtype}", np.abs(weight).max())
+        return narrowed
 
     def bias(self) -> np.ndarray:
         """The router's selection bias, float32 (experts,). **Raises:** `ValueError` for NaN."""

@@ -10,7 +10,7 @@ from .packed_matmul import PackedMatrices, packed_matmul
 
 
 class PackedSwiGLUExperts(AbstractExperts):
-    """`SwiGLUExperts` in 4 or 8 bits with scales: a sixth or a third of bfloat16's memory.
+    """`SwiGLUExperts` in 4 or 8 bits with scales: about a quarter or a half of bfloat16's memory.
 
     Each call decodes the experts that have rows, one after the other, to float32. The weights are
     constants; gradients reach the rows. `gate_up` (2 intermediate, hidden) has the gate's rows

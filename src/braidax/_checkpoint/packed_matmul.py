@@ -123,7 +123,8 @@ def _multiply(
     num_rows = rows.shape[0]
     size_out = jax.eval_shape(matrices.decode, 0).shape[0 if transposed else 1]
     dtype = accumulation_dtype(rows)
-    output = jnp.zeros((num_rows, size_out), dtype)
+    # Like the rows: inside `jax.shard_map` a loop's carry has to vary over the mesh as they do.
+    output = jax.lax.full_like(rows, 0, dtype, (num_rows, size_out))
     if num_rows == 0:
         return output
     sizes = sorted({min(size, num_rows) for size in _BLOCK_SIZES})

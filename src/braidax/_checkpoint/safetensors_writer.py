@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 from collections.abc import Callable, Mapping
 from typing import BinaryIO, NamedTuple
 
@@ -55,16 +56,20 @@ def write_safetensors(
         position += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    # In the same folder: a rename does not cross file systems.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("xb") as file:
+    # In the same folder: a rename does not cross file systems. A name that nobody else has, and
+    # that is made as any file is, with the permissions that the user's files get.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    with temporary.open("xb") as file:
+        try:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, tensor in ordered:
                 _write(file, path, name, tensor)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink()
+            raise
 
 
 def _lazy(path: pathlib.Path, name: str, tensor: np.ndarray | Lazy) -> Lazy:

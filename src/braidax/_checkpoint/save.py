@@ -29,9 +29,9 @@ def save_moe(
 ) -> None:
     """Write a layer to a `.safetensors` file, in the names of DeepSeek-V4's releases.
 
-    `load_moe` gives the same block back, bit for bit where nothing is quantised here; so do
-    transformers and others, where the file is a shard of a model. Floating-point weights keep
-    their dtype, packed experts stay as they are. One expert is in memory at a time.
+    `load_moe` gives the same block back, bit for bit where nothing is quantised here; so does
+    transformers, where the file is a shard of a model of sizes in whole blocks. Floating-point
+    weights keep their dtype, packed experts stay as they are. One expert is in memory at a time.
 
     **Arguments:**
 
@@ -89,6 +89,9 @@ def _check_kinds(moe: RoutedAndSharedMoE, quantisation: str | None) -> None:
             "`quantisation` must be None for packed experts, which are quantised already. "
             f"Got {quantisation!r}."
         )
+    bias = getattr(moe.routed.router, "score_correction_bias", None)
+    if bias is not None and not np.isfinite(np.asarray(bias)).all():
+        raise ValueError("`moe` must have a finite selection bias. Got NaN or infinity.")
     if moe.routed.router.weight.ndim != 2:
         shape = moe.routed.router.weight.shape
         raise ValueError(

@@ -221,9 +221,10 @@ def _narrowed(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         raise TypeError(f"`{name}` must hold 16 to 64-bit floating point. Got {array.dtype}.")
     if array.dtype == dtype:
         return array
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         narrowed = array.astype(dtype)
-    if (np.isinf(narrowed) & np.isfinite(array)).any():
+        too_large = (np.isinf(narrowed) & np.isfinite(array)).any()
+    if too_large:
         raise ValueError(f"`{name}` must fit {dtype}. Got {np.abs(array).max():.3g}.")
     return narrowed
 

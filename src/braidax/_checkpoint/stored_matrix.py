@@ -80,9 +80,11 @@ class StoredMatrix(NamedTuple):
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """The numbers in `dtype`, some rows at a time: which rows, and those (rows, size_in).
 
-        **Raises:** `ValueError` for numbers that a `dtype` narrower than float32 cannot hold."""
+        **Raises:** `ValueError` for numbers that `dtype` cannot hold: those of a narrower one than
+        float32, and stored ones that become infinite."""
         payload, scale = self.payload(expert), self.scale(expert)
         narrow = float(jnp.finfo(dtype).max) < _SMALLEST_RANGE
+        narrow |= payload.dtype == np.float64 and np.dtype(dtype) != np.float64
         for start in range(0, payload.shape[-2], STRIP):
             rows = slice(start, min(start + STRIP, payload.shape[-2]))
             numbers = self._decoded_rows(payload, scale, rows, dtype)

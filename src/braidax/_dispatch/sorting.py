@@ -96,11 +96,12 @@ def sorted_dispatch(
     num_experts: int,
 ) -> SortedDispatch:
     """Plan the dispatch of `indices` with a stable sort: no capacity, nothing dropped."""
+    indices = indices.astype(jnp.int32)
     if mask is not None:
         # Past the last expert: sorted to the end, into no group.
         indices = jnp.where(mask[:, None], indices, num_experts)
     positions = jnp.arange(indices.size, dtype=jnp.int32)
-    experts, order = _sort(indices.reshape(-1).astype(jnp.int32), positions, num_experts)
+    experts, order = _sort(indices.reshape(-1), positions, num_experts)
     inverse = (
         jnp.zeros_like(order)
         .at[order]

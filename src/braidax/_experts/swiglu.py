@@ -162,7 +162,8 @@ class SwiGLUExperts(AbstractExperts):
         group_sizes: Int[Array, " experts"],
         grouped_matmul: GroupedMatmul,
     ) -> Float[Array, "rows hidden"]:
-        """As `AbstractExperts.__call__`. Activations between the products are not rounded.
+        """As `AbstractExperts.__call__`. Activations between the products are not
+        rounded, but for backends that multiply numbers of one width (`ragged`, `tokamax`).
 
         **Raises:** `ValueError` at trace time for weights that do not fit together.
         """

@@ -34,8 +34,8 @@ class ExpertParallel:
 
     - `mesh`: a `jax.sharding.Mesh` whose axes named here are all Auto or all Explicit.
     - `axis`: the mesh axis that experts are spread over.
-    - `tokens`: the mesh axes that tokens are spread over, in order; `axis` is one of them. Axes of
-      the mesh not named here are left alone.
+    - `tokens`: the mesh axes that tokens are spread over, in order; `axis` is one of them. On axes
+      of the mesh not named here, experts are replicated and the work is repeated.
     - `strategy`: how tokens and experts meet.
         - `"gather"`: all-gather, then reduce-scatter. Dropless; the traffic of a token grows with
           the number of devices.

@@ -1,4 +1,5 @@
-"""What each strategy moves and holds: arithmetic on sizes, checked against compiled programs.
+"""What each strategy moves and holds: arithmetic on sizes. Its traffic is checked against compiled
+programs, for `gather` and `all_to_all`; what it holds is not.
 
 `size` is the number of devices on the expert axis. Bytes are those that one device sends in the
 forward pass, for each of its own tokens. Outputs return as float32 sums, whatever the dtype of the

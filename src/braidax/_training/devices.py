@@ -92,7 +92,8 @@ def find_devices(settings: Settings, expert_parallel: int | None, distributed: b
         join_processes()
     if expert_parallel is None and not distributed:
         return Devices(None)
-    size, count = expert_parallel or jax.device_count(), jax.device_count()
+    count = jax.device_count()
+    size = count if expert_parallel is None else expert_parallel
     if size < 1 or count % size:
         raise UserError(f"--expert-parallel must divide the {count} devices. Got {size}.")
     if settings.dense:

@@ -33,19 +33,21 @@ def start(
 
     Raises `UserError`, most often one of its kinds `CorpusError` and `CheckpointError`.
     """
-    check_memory(settings)
+    if not distributed:  # What one of several machines holds is not known here.
+        check_memory(settings)
     corpus = read_corpus(settings.text)
     check_length(corpus, settings.length)
+    # Before the processes meet: each of them looks, and none is left waiting.
+    if os.path.lexists(folder / checkpoint.FILE_NAME):
+        raise CheckpointError(
+            f"--out {folder} already holds a run: continue it with --resume or name another folder"
+        )
     devices = find_devices(settings, expert_parallel, distributed)
     with devices.only_one_writes(folder) as folder:
         return _start(folder, settings, corpus, devices)
 
 
 def _start(folder: pathlib.Path, settings: Settings, corpus: Corpus, devices: Devices) -> int:
-    if os.path.lexists(folder / checkpoint.FILE_NAME):
-        raise CheckpointError(
-            f"--out {folder} already holds a run: continue it with --resume or name another folder"
-        )
     optimizer = make_optimizer(settings)
     with memory_errors_named():
         state = initial_state(settings, optimizer)
@@ -66,7 +68,8 @@ def resume(
     Raises `CorpusError` or `CheckpointError`, the latter also when the text has changed.
     """
     header = checkpoint.read_header(folder)
-    check_memory(header.settings)
+    if not distributed:
+        check_memory(header.settings)
     corpus = read_corpus(header.settings.text)
     check_length(corpus, header.settings.length)
     if corpus.sha256 != header.corpus_sha256:
@@ -76,7 +79,9 @@ def resume(
         )
     devices = find_devices(header.settings, expert_parallel, distributed)
     optimizer = make_optimizer(header.settings)
-    state = checkpoint.load_state(folder, initial_state(header.settings, optimizer))
+    with memory_errors_named():
+        like = initial_state(header.settings, optimizer)
+    state = checkpoint.load_state(folder, like)
     with devices.only_one_writes(folder) as folder:
         print(f"resuming {folder} after step {header.step}", flush=True)
         return _train(
