@@ -1,8 +1,10 @@
 """Decoding and encoding of FP4 and FP8, against the bit fields of the formats."""
 
+import json
 import warnings
 
 import checkpoints
+import golden
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -70,6 +72,19 @@ def test_fp8_every_number_at_every_scale(dtype, payload):
     numbers = numbers * 2.0 ** (SCALES.astype(np.float64)[:, None] - 127)
     found = decode_blocks(stored, SCALES[:, None], (1, 256), dtype)
     assert_same_bits(found, rounded(numbers, dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
+def test_every_byte_at_every_scale_as_transformers_decodes_it(dtype):
+    """255 scales times 256 bytes: the digests of what transformers gave."""
+    codes = np.broadcast_to(np.arange(256, dtype=np.uint8), (255, 256)).copy()
+    scale = np.arange(255, dtype=np.uint8)[:, None]
+    decoded = {"fp4": decode_fp4(codes, np.repeat(scale, 16, axis=1), dtype)}
+    for kind in ("float8_e4m3fn", "float8_e5m2"):
+        decoded[kind] = decode_blocks(codes.view(kind), scale, (1, 256), dtype)
+    wanted = json.loads(golden.DECODED.read_text())
+    for kind, numbers in decoded.items():
+        assert golden.digest(numbers) == wanted[f"{kind} to {np.dtype(dtype).name}"], kind
 
 
 def test_fp8_nan_stays_nan():

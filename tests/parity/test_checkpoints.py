@@ -2,6 +2,7 @@
 
 import json
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +72,27 @@ def test_fp8_decodes_as_transformers_does(dtype, float8, kind):
     wanted = Fp8Dequantize(None)._dequantize_one(to_torch(CODES, float8), theirs, dtype)
     found = decode_blocks(CODES.view(FLOAT8[float8]), ours, (1, 256), DTYPE[dtype])
     assert_same_bytes(found, wanted)
+
+
+def test_golden_digests(request):
+    """Every byte at every scale, as the ordinary tests check it without torch."""
+    dequantise = Fp8Dequantize(None)._dequantize_one
+    found = {}
+    for dtype in DTYPE:
+        name = str(dtype).removeprefix("torch.")
+        theirs, _ = scales_of_every_kind(np.repeat(SCALES, 16, axis=1))["F8_E8M0"]
+        decoded = {"fp4": dequantise(to_torch(CODES, torch.int8), theirs, dtype)}
+        theirs, _ = scales_of_every_kind(SCALES)["F8_E8M0"]
+        for float8 in FLOAT8:
+            kind = str(float8).removeprefix("torch.")
+            decoded[kind] = dequantise(to_torch(CODES, float8), theirs, dtype)
+        for kind, numbers in decoded.items():
+            bits = numbers.view({4: torch.int32, 2: torch.int16}[numbers.element_size()])
+            found[f"{kind} to {name}"] = golden.digest(bits.numpy().view(DTYPE[dtype]))
+    if request.config.getoption("--write-golden"):
+        golden.DECODED.write_text(json.dumps(found, indent=2) + "\n")
+    else:
+        assert json.loads(golden.DECODED.read_text()) == found
 
 
 @pytest.mark.parametrize("block", [(128, 128), (32, 32)])
