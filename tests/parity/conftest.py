@@ -65,9 +65,11 @@ def _largest(rows, name, columns):
     return name, f"largest of {len(errors)}", largest
 
 
-def _text(value: float | None) -> str:
+def _text(value: str | float | None) -> str:
     if value is None:
         return "-"
+    if isinstance(value, str):
+        return value
     return "0" if value == 0 else f"{value:.1e}"
 
 
