@@ -41,16 +41,16 @@ MUTANTS = (
     ),
     Mutant(
         "ids are compared before they are narrowed",
-        "_router/hash.py",
-        "if jnp.result_type(input_ids).itemsize < 4:",
-        "if True:",
+        "_checks.py",
+        "if jnp.result_type(array).itemsize < 4 else array",
+        "if True else array",
         ("hazards_call::wide_ids_are_not_wrapped_into_the_vocabulary",),
     ),
     Mutant(
         "narrow ids are widened first",
-        "_router/hash.py",
-        "if jnp.result_type(input_ids).itemsize < 4:",
-        "if False:",
+        "_checks.py",
+        "if jnp.result_type(array).itemsize < 4 else array",
+        "if False else array",
         ("hazards_call::narrow_ids_of_a_large_vocabulary",),
     ),
     Mutant(

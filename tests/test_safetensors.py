@@ -205,7 +205,7 @@ def test_files_that_are_too_short_and_headers_that_are_too_long(tmp_path):
     "shard",
     [
         "../a.safetensors",
-        "/tmp/a.safetensors",
+        "/elsewhere/a.safetensors",
         "b/a.safetensors",
         "..\\a.safetensors",
         "c:a.safetensors",

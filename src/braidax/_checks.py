@@ -47,6 +47,11 @@ def floating_dtype(name: str, value: object) -> jnp.dtype:
     return dtype
 
 
+def at_least_int32(array: Any) -> Any:
+    """Integers to compare with a size, which may not fit their own type where it is narrower."""
+    return array.astype(jnp.int32) if jnp.result_type(array).itemsize < 4 else array
+
+
 def last_axis(name: str, array: Any, size: int, size_name: str) -> None:
     """`array` is floating point and its last axis has `size` entries."""
     shape, dtype = jnp.shape(array), jnp.result_type(array)

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ._checks import last_axis
+from ._checks import at_least_int32, last_axis
 from ._router import AbstractRouter
 from ._router.base import check_mask
 from ._routing import Routing
@@ -14,10 +14,7 @@ def within_range(routing: Routing, *, checks: bool) -> Routing:
     """NaN weights for the tokens whose indices name no expert, or a run-time error with `checks`.
     A router only makes valid ones."""
     num_experts = routing.scores.shape[-1]
-    indices = routing.indices
-    if indices.dtype.itemsize < 4:
-        # The number of experts itself may not fit the narrow type.
-        indices = indices.astype(jnp.int32)
+    indices = at_least_int32(routing.indices)
     valid = (indices >= 0) & (indices < num_experts)
     defined = valid.all(axis=-1, keepdims=True)
     weights = jnp.where(defined, routing.weights, jnp.nan)

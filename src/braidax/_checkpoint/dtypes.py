@@ -32,6 +32,14 @@ DTYPES: dict[str, np.dtype] = {
 NAMES: dict[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def narrowed(array: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
+    """`array` in `dtype`, or None if a finite number became infinite."""
+    # A signalling NaN is as good as any other, and no reason to warn.
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = array.astype(dtype, copy=False)
+        return None if (np.isinf(result) & np.isfinite(array)).any() else result
+
+
 def size_in_bits(name: str) -> int:
     """Bits of one element of the type called `name` in a file."""
     return 4 if name == PACKED else 8 * DTYPES[name].itemsize

@@ -6,6 +6,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from .. import hash_tables
+from .dtypes import narrowed
 from .errors import mistake
 from .index import Checkpoint
 from .names import FUSED, SEPARATE, LayerNames, MatrixNames, find_layer
@@ -35,14 +36,11 @@ class StoredLayer(NamedTuple):
     def gate_weight(self, dtype: np.dtype) -> np.ndarray:
         """The router's weight, (experts, hidden). **Raises:** `ValueError` if it does not fit."""
         weight = self._floats("weight")
-        # A signalling NaN is as good as any other: it is loaded.
-        with np.errstate(over="ignore", invalid="ignore"):
-            narrowed = weight.astype(dtype)
-            too_large = (np.isinf(narrowed) & np.isfinite(weight)).any()
-        if too_large:
+        result = narrowed(weight, dtype)
+        if result is None:
             name = self.names.gate["weight"]
             raise mistake(self.checkpoint.where(name), name, f"fit {dtype}", np.abs(weight).max())
-        return narrowed
+        return result
 
     def bias(self) -> np.ndarray:
         """The router's selection bias, float32 (experts,). **Raises:** `ValueError` for NaN."""

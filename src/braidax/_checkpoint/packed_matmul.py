@@ -10,10 +10,9 @@ from functools import partial
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, UInt
 
-from .._experts.grouped_matmul import accumulation_dtype, merge_groups, with_axis
+from .._experts.grouped_matmul import accumulation_dtype, vmappable_multiply
 from .dtypes import FLOAT4
 
 _BLOCK_SIZES = (8, 64, 256)  # rows that are multiplied at once: the smallest that holds them
@@ -84,36 +83,6 @@ def _product_backward(transposed, residuals, cotangent):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _vmappable(transposed: bool):
-    kernel = jax.jit(partial(_multiply, transposed))
-
-    @custom_vmap
-    def multiply(rows, matrices, group_sizes):
-        return kernel(rows, matrices, group_sizes)
-
-    @multiply.def_vmap
-    def _rule(axis_size, in_batched, rows, matrices, group_sizes):
-        rows_batched, matrices_batched, sizes_batched = in_batched
-        rows = with_axis(rows, rows_batched, axis_size)
-        group_sizes = with_axis(group_sizes, sizes_batched, axis_size)
-        stacked = any(jax.tree.leaves(matrices_batched))
-        if stacked:
-            matrices = jax.tree.map(
-                lambda array, batched: with_axis(array, batched, axis_size).reshape(
-                    -1, *array.shape[-2:]
-                ),
-                matrices,
-                matrices_batched,
-            )
-        order, merged_sizes = merge_groups(group_sizes, rows.shape[1], shared_groups=not stacked)
-        flat = rows.reshape(axis_size * rows.shape[1], rows.shape[2])
-        product = multiply(flat[order], matrices, merged_sizes)
-        product = jnp.zeros_like(product).at[order].set(product, unique_indices=True)
-        return product.reshape(axis_size, rows.shape[1], product.shape[-1]), True
-
-    return multiply
-
-
 def _multiply(
     transposed: bool,
     rows: Float[Array, "rows size_in"],
@@ -158,4 +127,7 @@ def _multiply(
     return jax.lax.fori_loop(0, (group_sizes > 0).sum(), one_expert, output)
 
 
-_KERNELS = {transposed: _vmappable(transposed) for transposed in (False, True)}
+_KERNELS = {
+    transposed: vmappable_multiply(jax.jit(partial(_multiply, transposed)))
+    for transposed in (False, True)
+}

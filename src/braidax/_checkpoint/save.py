@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from .._checks import integer
-from .._experts import SwiGLU, SwiGLUExperts
+from .._experts import SwiGLUExperts
 from .._moe import RoutedAndSharedMoE
 from .._router import HashRouter, TopKRouter
 from .dequantise import FP4_GROUP
@@ -15,6 +15,7 @@ from .dtypes import FLOAT4, SCALE
 from .packed_experts import PackedSwiGLUExperts
 from .quantise import FP8_BLOCK, encode_fp4, encode_fp8
 from .safetensors_writer import Lazy, write_safetensors
+from .state_dict import check_parts
 from .stored_matrix import grid
 
 QUANTISATIONS = (None, "fp8", "fp4")
@@ -51,7 +52,7 @@ def save_moe(
         raise ValueError(f"`path` must end in .safetensors. Got {os.fspath(path)!r}.")
     if quantisation not in QUANTISATIONS:
         raise ValueError(f"`quantisation` must be one of {QUANTISATIONS}. Got {quantisation!r}.")
-    _check_kinds(moe, quantisation)
+    _check_layer(moe, quantisation)
     prefix = f"layers.{layer_idx}.ffn."
     router, experts, shared = moe.routed.router, moe.routed.experts, moe.shared
     tensors: dict[str, np.ndarray | Lazy] = {f"{prefix}gate.weight": np.asarray(router.weight)}
@@ -72,18 +73,8 @@ def save_moe(
     write_safetensors(path, tensors, metadata={"format": "pt"})
 
 
-def _check_kinds(moe: RoutedAndSharedMoE, quantisation: str | None) -> None:
-    if not isinstance(moe, RoutedAndSharedMoE):
-        raise TypeError(f"`moe` must be a `RoutedAndSharedMoE`. Got {type(moe).__name__}.")
-    known = {
-        "moe.routed.router": (moe.routed.router, (TopKRouter, HashRouter)),
-        "moe.routed.experts": (moe.routed.experts, (SwiGLUExperts, PackedSwiGLUExperts)),
-        "moe.shared": (moe.shared, (SwiGLU,)),
-    }
-    for name, (module, kinds) in known.items():
-        if type(module) not in kinds:
-            names = " or ".join(f"`{kind.__name__}`" for kind in kinds)
-            raise TypeError(f"`{name}` must be a {names}. Got {type(module).__name__}.")
+def _check_layer(moe: RoutedAndSharedMoE, quantisation: str | None) -> None:
+    check_parts(moe, SwiGLUExperts, PackedSwiGLUExperts)
     if quantisation is not None and isinstance(moe.routed.experts, PackedSwiGLUExperts):
         raise ValueError(
             "`quantisation` must be None for packed experts, which are quantised already. "

@@ -15,9 +15,10 @@ from jaxtyping import Array, DTypeLike
 from .. import hash_tables
 from .._checks import floating_dtype
 from .._config import MoEConfig, is_hash_layer
-from .._experts import SwiGLU, SwiGLUExperts
+from .._experts import AbstractExperts, SwiGLU, SwiGLUExperts
 from .._moe import RoutedAndSharedMoE
 from .._router import HashRouter, TopKRouter
+from .dtypes import narrowed
 
 
 class _Leaf(NamedTuple):
@@ -143,12 +144,14 @@ def from_state_dict(
     return layer
 
 
-def _leaves(moe: RoutedAndSharedMoE) -> tuple[_Leaf, ...]:
+def check_parts(moe: RoutedAndSharedMoE, *experts: type[AbstractExperts]) -> None:
+    """`moe` is made of this library's routers and shared expert, and of one of `experts`: only
+    these have released names. **Raises:** `TypeError` naming the part."""
     if not isinstance(moe, RoutedAndSharedMoE):
         raise TypeError(f"`moe` must be a `RoutedAndSharedMoE`. Got {type(moe).__name__}.")
     parts = {
         "moe.routed.router": (moe.routed.router, tuple(_LEAVES)),
-        "moe.routed.experts": (moe.routed.experts, (SwiGLUExperts,)),
+        "moe.routed.experts": (moe.routed.experts, experts),
         "moe.shared": (moe.shared, (SwiGLU,)),
     }
     for name, (module, known) in parts.items():
@@ -158,6 +161,10 @@ def _leaves(moe: RoutedAndSharedMoE) -> tuple[_Leaf, ...]:
                 f"`{name}` must be a {names}: only these have released names. "
                 f"Got {type(module).__name__}."
             )
+
+
+def _leaves(moe: RoutedAndSharedMoE) -> tuple[_Leaf, ...]:
+    check_parts(moe, SwiGLUExperts)
     return _LEAVES[type(moe.routed.router)]
 
 
@@ -199,13 +206,14 @@ def _array(
             raise ValueError(f"`{name}` must have shape {like.shape}. Got {part.shape}.")
     if leaf is _TABLE:
         return jnp.array(_checked_table(parts[0], config.num_experts))
-    narrowed = [
-        _narrowed(name, part, wanted.dtype) for name, part in zip(leaf.names, parts, strict=True)
+    floats = [
+        _checked_floats(name, part, wanted.dtype)
+        for name, part in zip(leaf.names, parts, strict=True)
     ]
-    if leaf is _BIAS and not np.isfinite(narrowed[0]).all():
+    if leaf is _BIAS and not np.isfinite(floats[0]).all():
         raise ValueError(f"`{leaf.names[0]}` must be finite. Got NaN or infinity.")
     # A copy: `jnp.asarray` may share the memory of a numpy array, which its owner may change.
-    return jnp.array(leaf.from_tensors(*narrowed), copy=True)
+    return jnp.array(leaf.from_tensors(*floats), copy=True)
 
 
 def _as_numpy(name: str, tensor: Any) -> np.ndarray:
@@ -215,18 +223,16 @@ def _as_numpy(name: str, tensor: Any) -> np.ndarray:
         raise TypeError(f"`{name}` must be an array that numpy can read: {error}") from error
 
 
-def _narrowed(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _checked_floats(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     # Numbers of one byte mean nothing without their scales.
     if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:
         raise TypeError(f"`{name}` must hold 16 to 64-bit floating point. Got {array.dtype}.")
     if array.dtype == dtype:
         return array
-    with np.errstate(over="ignore", invalid="ignore"):
-        narrowed = array.astype(dtype)
-        too_large = (np.isinf(narrowed) & np.isfinite(array)).any()
-    if too_large:
+    result = narrowed(array, dtype)
+    if result is None:
         raise ValueError(f"`{name}` must fit {dtype}. Got {np.abs(array).max():.3g}.")
-    return narrowed
+    return result
 
 
 def _checked_table(table: np.ndarray, num_experts: int) -> np.ndarray:

@@ -65,7 +65,7 @@ def grouped_matmul(
     matrix product. Forward mode is not supported (`custom_vjp`).
     """
     multiply_kernels = {
-        transposed: _vmappable_multiply(partial(_call_multiply, kernels, transposed))
+        transposed: vmappable_multiply(partial(_call_multiply, kernels, transposed))
         for transposed in (False, True)
     }
     outer_kernel = _vmappable_outer(kernels.outer)
@@ -110,7 +110,13 @@ def _call_multiply(kernels: Kernels, transposed: bool, rows, weight, group_sizes
     return kernels.multiply(rows, weight, group_sizes, transposed)
 
 
-def _vmappable_multiply(kernel):
+def vmappable_multiply(kernel: Callable[..., Array]) -> Callable[..., Array]:
+    """`kernel(rows, weight, group_sizes)`, mapped by `jax.vmap` by sorting the rows of all examples
+    together.
+
+    `weight` is an array (groups, a, b), or a tree of arrays with the groups in front.
+    """
+
     @custom_vmap
     def multiply(rows, weight, group_sizes):
         return kernel(rows, weight, group_sizes)
@@ -118,19 +124,24 @@ def _vmappable_multiply(kernel):
     @multiply.def_vmap
     def _rule(axis_size, in_batched, rows, weight, group_sizes):
         rows_batched, weight_batched, sizes_batched = in_batched
-        rows = with_axis(rows, rows_batched, axis_size)
-        group_sizes = with_axis(group_sizes, sizes_batched, axis_size)
-        order, merged_sizes = merge_groups(
-            group_sizes, rows.shape[1], shared_groups=not weight_batched
-        )
-        if weight_batched:
-            weight = weight.reshape(axis_size * weight.shape[1], *weight.shape[2:])
+        rows = _with_axis(rows, rows_batched, axis_size)
+        group_sizes = _with_axis(group_sizes, sizes_batched, axis_size)
+        stacked = any(jax.tree.leaves(weight_batched))
+        if stacked:
+            weight = jax.tree.map(partial(_stack_groups, axis_size), weight, weight_batched)
+        order, merged_sizes = _merge_groups(group_sizes, rows.shape[1], shared_groups=not stacked)
         flat = rows.reshape(axis_size * rows.shape[1], rows.shape[2])
         product = multiply(flat[order], weight, merged_sizes)
         product = jnp.zeros_like(product).at[order].set(product, unique_indices=True)
         return product.reshape(axis_size, rows.shape[1], product.shape[-1]), True
 
     return multiply
+
+
+def _stack_groups(axis_size: int, array: Array, batched: bool) -> Array:
+    """The examples' groups one after the other."""
+    array = _with_axis(array, batched, axis_size)
+    return array.reshape(axis_size * array.shape[1], *array.shape[2:])
 
 
 def _vmappable_outer(kernel):
@@ -141,11 +152,11 @@ def _vmappable_outer(kernel):
     @outer.def_vmap
     def _rule(axis_size, in_batched, left, right, group_sizes):
         left, right, group_sizes = (
-            with_axis(array, batched, axis_size)
+            _with_axis(array, batched, axis_size)
             for array, batched in zip((left, right, group_sizes), in_batched, strict=True)
         )
         # One gradient for each example: summing here would break `vmap(grad)`.
-        order, merged_sizes = merge_groups(group_sizes, left.shape[1], shared_groups=False)
+        order, merged_sizes = _merge_groups(group_sizes, left.shape[1], shared_groups=False)
         flat_left, flat_right = (
             array.reshape(axis_size * array.shape[1], array.shape[2])[order]
             for array in (left, right)
@@ -156,11 +167,11 @@ def _vmappable_outer(kernel):
     return outer
 
 
-def with_axis(array: Array, batched: bool, axis_size: int) -> Array:
+def _with_axis(array: Array, batched: bool, axis_size: int) -> Array:
     return array if batched else jnp.broadcast_to(array, (axis_size, *array.shape))
 
 
-def merge_groups(
+def _merge_groups(
     group_sizes: Int[Array, "examples groups"], num_rows: int, *, shared_groups: bool
 ) -> tuple[Int[Array, " all_rows"], Int[Array, " merged_groups"]]:
     """The order that sorts the rows of all examples by group, and the sizes of the merged groups:

@@ -77,7 +77,10 @@ def _chunked(static: PyTree, grouped_matmul: GroupedMatmul, chunk: int):
     def backward(arguments, cotangent):
         tokens, weights, trained, arrays, own = arguments
         compute = partial(_compute, static, grouped_matmul, arrays)
-        wide = lambda array: jnp.zeros_like(array, accumulation_dtype(array))  # noqa: E731
+
+        def wide(array):
+            return jnp.zeros_like(array, accumulation_dtype(array))
+
         differentiated = (tokens, weights, trained)
 
         def step(i, sums):

@@ -161,7 +161,10 @@ def _padded(experts: PyTree, count: int) -> PyTree:
     """`count` experts of zeros more, which nobody is routed to."""
     if not count:
         return experts
-    pad = lambda leaf: jnp.pad(leaf, ((0, count), *[(0, 0)] * (leaf.ndim - 1)))  # noqa: E731
+
+    def pad(leaf):
+        return jnp.pad(leaf, ((0, count), *[(0, 0)] * (leaf.ndim - 1)))
+
     return jax.tree.map(pad, experts)
 
 

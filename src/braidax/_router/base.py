@@ -6,9 +6,19 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Integer, PRNGKeyArray, Real
+from jaxtyping import (
+    Array,
+    ArrayLike,
+    Bool,
+    DTypeLike,
+    Float,
+    Int,
+    Integer,
+    PRNGKeyArray,
+    Real,
+)
 
-from .._checks import last_axis, positive_integer, positive_number
+from .._checks import floating_dtype, last_axis, positive_integer, positive_number
 from .._routing import Routing, zero_masked
 from .._scoring import SCORE_FUNCTIONS
 
@@ -32,6 +42,45 @@ class AbstractRouter(eqx.Module):
     temperature: eqx.AbstractVar[float]
 
     untrained_fields: ClassVar[tuple[str, ...]] = ()
+
+    def _set_gate(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_experts_per_token: int,
+        *,
+        score_function: str,
+        normalize: bool,
+        scaling_factor: float | int,
+        temperature: float | int,
+        dtype: DTypeLike,
+        key: PRNGKeyArray,
+    ) -> None:
+        """Check the constructor arguments that all routers share, and set the fields of the gate.
+
+        `weight` is uniform within +-1/sqrt(hidden), as `eqx.nn.Linear` initialises its own.
+        """
+        positive_integer("hidden_size", hidden_size)
+        positive_integer("num_experts", num_experts)
+        if positive_integer("num_experts_per_token", num_experts_per_token) > num_experts:
+            raise ValueError(
+                "`num_experts_per_token` must be at most `num_experts`. "
+                f"Got {num_experts_per_token} and {num_experts}."
+            )
+        if score_function not in SCORE_FUNCTIONS:
+            raise ValueError(
+                f"`score_function` must be one of {sorted(SCORE_FUNCTIONS)}. "
+                f"Got {score_function!r}."
+            )
+        if not isinstance(normalize, bool):
+            raise TypeError(f"`normalize` must be a bool. Got {normalize!r}.")
+        self.scaling_factor = positive_number("scaling_factor", scaling_factor)
+        self.temperature = positive_number("temperature", temperature)
+        self.num_experts_per_token = int(num_experts_per_token)
+        self.score_function = score_function
+        self.normalize = normalize
+        shape, bound = (num_experts, hidden_size), hidden_size**-0.5
+        self.weight = jax.random.uniform(key, shape, floating_dtype("dtype", dtype), -bound, bound)
 
     @abc.abstractmethod
     def select(
@@ -125,38 +174,3 @@ def check_mask(mask: Bool[Array, "*batch"] | None, batch: tuple[int, ...]) -> No
             f"`mask` must have the shape of `hidden_states` without its last axis, "
             f"{tuple(batch)}. Got {jnp.shape(mask)}."
         )
-
-
-def check_gate(
-    hidden_size: int,
-    num_experts: int,
-    num_experts_per_token: int,
-    score_function: str,
-    normalize: bool,
-    scaling_factor: float | int,
-    temperature: float | int,
-) -> None:
-    """The constructor arguments that all routers share."""
-    positive_integer("hidden_size", hidden_size)
-    positive_integer("num_experts", num_experts)
-    if positive_integer("num_experts_per_token", num_experts_per_token) > num_experts:
-        raise ValueError(
-            "`num_experts_per_token` must be at most `num_experts`. "
-            f"Got {num_experts_per_token} and {num_experts}."
-        )
-    if score_function not in SCORE_FUNCTIONS:
-        raise ValueError(
-            f"`score_function` must be one of {sorted(SCORE_FUNCTIONS)}. Got {score_function!r}."
-        )
-    if not isinstance(normalize, bool):
-        raise TypeError(f"`normalize` must be a bool. Got {normalize!r}.")
-    positive_number("scaling_factor", scaling_factor)
-    positive_number("temperature", temperature)
-
-
-def gate_weight(
-    hidden_size: int, num_experts: int, *, dtype: jnp.dtype, key: PRNGKeyArray
-) -> Float[Array, "experts hidden"]:
-    """Uniform within +-1/sqrt(hidden), as `eqx.nn.Linear` initialises its weight."""
-    bound = hidden_size**-0.5
-    return jax.random.uniform(key, (num_experts, hidden_size), dtype, -bound, bound)

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer, PRNGKeyArray
 
 from .. import hash_tables
-from .._checks import floating_dtype
-from .base import AbstractRouter, check_gate, gate_weight
+from .._checks import at_least_int32
+from .base import AbstractRouter
 
 
 class HashRouter(AbstractRouter):
@@ -61,14 +61,16 @@ class HashRouter(AbstractRouter):
         **Raises:** `ValueError` or `TypeError` naming the argument. The table's content is
         checked, so it must be concrete: build the router outside of `jax.jit`.
         """
-        check_gate(
+        self._set_gate(
             hidden_size,
             num_experts,
             num_experts_per_token,
-            score_function,
-            normalize,
-            scaling_factor,
-            temperature,
+            score_function=score_function,
+            normalize=normalize,
+            scaling_factor=scaling_factor,
+            temperature=temperature,
+            dtype=dtype,
+            key=key,
         )
         try:
             table = np.asarray(table)
@@ -82,18 +84,10 @@ class HashRouter(AbstractRouter):
                 f"`table` must have shape (vocab, num_experts_per_token={num_experts_per_token}). "
                 f"Got {table.shape}."
             )
-        self.weight = gate_weight(
-            hidden_size, num_experts, dtype=floating_dtype("dtype", dtype), key=key
-        )
         try:
             self.table = jnp.asarray(hash_tables.from_array(table, num_experts))
         except (TypeError, ValueError) as error:
             raise type(error)(f"`table`: {error}") from None
-        self.num_experts_per_token = int(num_experts_per_token)
-        self.score_function = score_function
-        self.normalize = normalize
-        self.scaling_factor = float(scaling_factor)
-        self.temperature = float(temperature)
 
     def select(
         self,
@@ -133,10 +127,8 @@ class HashRouter(AbstractRouter):
 
     def _known(self, input_ids: Integer[Array, "*batch"]) -> Bool[Array, "*batch"]:
         """Which ids have a row in the table."""
-        if jnp.result_type(input_ids).itemsize < 4:
-            # The vocabulary size itself may not fit the narrow type.
-            input_ids = input_ids.astype(jnp.int32)
-        # Compared in their own dtype: narrowing first would wrap large ids into range.
+        # Wide ids are compared in their own dtype: narrowing first would wrap them into range.
+        input_ids = at_least_int32(input_ids)
         return jnp.asarray((input_ids >= 0) & (input_ids < self.table.shape[0]))
 
 

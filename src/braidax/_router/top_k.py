@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int, Integer, PRNGKeyArray, Real
 
 from .._balance import updated_bias
-from .._checks import floating_dtype, positive_integer
-from .base import AbstractRouter, check_gate, gate_weight
+from .._checks import positive_integer
+from .base import AbstractRouter
 
 
 class TopKRouter(AbstractRouter):
@@ -68,27 +68,21 @@ class TopKRouter(AbstractRouter):
 
         **Raises:** `ValueError` or `TypeError` naming the argument.
         """
-        check_gate(
+        self._set_gate(
             hidden_size,
             num_experts,
             num_experts_per_token,
-            score_function,
-            normalize,
-            scaling_factor,
-            temperature,
+            score_function=score_function,
+            normalize=normalize,
+            scaling_factor=scaling_factor,
+            temperature=temperature,
+            dtype=dtype,
+            key=key,
         )
         _check_groups(num_experts, num_experts_per_token, num_groups, num_selected_groups)
-        self.weight = gate_weight(
-            hidden_size, num_experts, dtype=floating_dtype("dtype", dtype), key=key
-        )
         self.score_correction_bias = jnp.zeros(num_experts, jnp.float32)
-        self.num_experts_per_token = int(num_experts_per_token)
-        self.score_function = score_function
-        self.normalize = normalize
-        self.scaling_factor = float(scaling_factor)
         self.num_groups = int(num_groups)
         self.num_selected_groups = int(num_selected_groups)
-        self.temperature = float(temperature)
 
     def select(
         self,
