@@ -4,6 +4,7 @@ import inspect
 import io
 import sys
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,6 +43,11 @@ def test_load_is_drawn_relative_to_the_mean():
     )
     assert [t.get_text() for t in ax.get_yticklabels()] == ["hash", "top-k", "idle"]
     assert "mean load" in ax.images[0].colorbar.ax.get_ylabel()
+    assert [t.get_text() for t in ax.images[0].colorbar.ax.get_yticklabels()][:3] == [
+        "0",
+        "0.5",
+        "1",
+    ]
     assert png(ax).startswith(b"\x89PNG")
     assert all(float(tick).is_integer() for tick in ax.get_xticks())
 
@@ -90,10 +96,17 @@ def test_missing_matplotlib_is_explained(monkeypatch):
 def test_mistakes_are_named():
     # Unwrapped: the message a user reads who runs no type checker.
     plot_load, plot_balance = inspect.unwrap(bx.plot_load), inspect.unwrap(bx.plot_balance)
+    wider = one_routing([[0, 1]])
+    wider = eqx.tree_at(lambda r: r.scores, wider, jnp.ones((1, 5)))
     with pytest.raises(ValueError, match=r"`loads` must be a non-empty array.*\(4,\)"):
         plot_load(LOADS[0])
     with pytest.raises(ValueError, match="`loads` must be a non-empty"):
         plot_load([])
+    for wrong in (np.nan, np.inf, -1.0):
+        with pytest.raises(ValueError, match=f"finite counts of at least 0. Got {wrong}"):
+            plot_load(np.array([[1.0, wrong]]))
+    with pytest.raises(ValueError, match="`loads` must hold routings with the same number"):
+        plot_load([one_routing([[0, 1]]), wider])
     with pytest.raises(ValueError, match="one name per layer. Got 1 for 3"):
         plot_load(LOADS, layer_names=["only"])
     with pytest.raises(ValueError, match="`steps` must be"):

@@ -1,0 +1,75 @@
+"""Reads and checks what the plots are given, as NumPy arrays on the host."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from ..._routing import Routing
+
+
+class Assignments(NamedTuple):
+    """A routing's tokens in reading order, its leading axes flattened."""
+
+    indices: Int[np.ndarray, "tokens experts_per_token"]
+    weights: Float[np.ndarray, "tokens experts_per_token"]
+    mask: Bool[np.ndarray, " tokens"]
+    num_experts: int
+
+
+def assignments(routing: Any) -> Assignments:
+    """Raises `TypeError` unless given a `Routing`, `ValueError` for an expert that does not
+    exist."""
+    if not isinstance(routing, Routing):
+        raise TypeError(f"`routing` must be a Routing. Got {type(routing).__name__}.")
+    shape, num_experts = routing.indices.shape, routing.scores.shape[-1]
+    mask = np.ones(shape[:-1], bool) if routing.mask is None else np.asarray(routing.mask)
+    mask = mask.reshape(-1)
+    indices = np.asarray(routing.indices).astype(np.int64).reshape(mask.size, shape[-1])
+    weights = np.asarray(routing.weights).astype(np.float64).reshape(mask.size, shape[-1])
+    counted = indices[mask]
+    if np.any((counted < 0) | (counted >= num_experts)):
+        raise ValueError(
+            f"`routing.indices` must lie in [0, {num_experts}). "
+            f"Got {counted.min()} to {counted.max()}."
+        )
+    return Assignments(indices, weights, mask, num_experts)
+
+
+def one_layer(routing: Any) -> Assignments:
+    """The unmasked tokens of one layer, of all its routings together.
+
+    Raises `TypeError` for anything but `Routing`, `ValueError` without a token to count and for
+    routings that differ in their number of experts or of experts per token.
+    """
+    several = isinstance(routing, Sequence) and not isinstance(routing, str | bytes)
+    parts = [assignments(item) for item in (routing if several else [routing])]
+    sizes = sorted({(part.num_experts, part.indices.shape[1]) for part in parts})
+    if len(sizes) > 1:
+        raise ValueError(
+            "`routing` must hold routings of one layer, alike in (experts, experts per token). "
+            f"Got {sizes}."
+        )
+    num_tokens = sum(int(part.mask.sum()) for part in parts)
+    if num_tokens == 0:
+        padding = sum(part.mask.size for part in parts)
+        raise ValueError(
+            f"`routing` must hold a token that is not padding. Got {padding} tokens, all padding."
+        )
+    return Assignments(
+        np.concatenate([part.indices[part.mask] for part in parts]),
+        np.concatenate([part.weights[part.mask] for part in parts]),
+        np.ones(num_tokens, bool),
+        parts[0].num_experts,
+    )
+
+
+def layer_names(names: Sequence[str] | None, num_layers: int) -> list[str]:
+    """The names given, or 0, 1, ...; `ValueError` unless there is one for each layer."""
+    names = [str(i) for i in range(num_layers)] if names is None else list(names)
+    if len(names) != num_layers:
+        raise ValueError(
+            f"`layer_names` must hold one name per layer. Got {len(names)} for {num_layers} layers."
+        )
+    return names
