@@ -30,7 +30,13 @@ from ._experts import SwiGLUExperts as SwiGLUExperts
 
 # Looking
 from ._inspect import plot_balance as plot_balance
+from ._inspect import plot_bias as plot_bias
+from ._inspect import plot_coactivation as plot_coactivation
 from ._inspect import plot_load as plot_load
+from ._inspect import plot_token_experts as plot_token_experts
+from ._inspect import plot_weights as plot_weights
+from ._inspect import report as report
+from ._inspect import summary as summary
 
 # Blocks
 from ._moe import RoutedAndSharedMoE as RoutedAndSharedMoE

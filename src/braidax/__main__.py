@@ -1,4 +1,4 @@
-"""The command line: `python -m braidax train`, `summary` and `bench`."""
+"""The command line: `python -m braidax train`, `report`, `summary` and `bench`."""
 
 import argparse
 import dataclasses
@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(prog="python -m braidax", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _add_train(commands)
+    _add_report(commands)
     _add_summary(commands)
     _add_bench(commands)
     # A path may hold bytes that are no text; printing it must not end the run.
@@ -145,6 +146,30 @@ def _train(options: dict) -> int:
     now = datetime.datetime.now(datetime.UTC)
     folder = folder or pathlib.Path("runs", f"{now:%Y%m%d-%H%M%S}")
     return loop.start(Settings(**options), folder, **devices)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "report",
+        allow_abbrev=False,
+        help="what the routers of a trained run do with its held-out text",
+        description="Run the held-out text of a run through its model and report the load,"
+        " balance, confidence and favourite bytes of every expert.",
+    )
+    parser.add_argument("path", type=_folder, help="the folder of a run, or its checkpoint.eqx")
+    parser.add_argument(
+        "--out",
+        type=_folder,
+        metavar="DIR",
+        help="folder for report.html and its pictures (default: that of the run)",
+    )
+    parser.set_defaults(run=_report, parser=parser)
+
+
+def _report(options: dict) -> int:
+    from ._training.run_report import report_run
+
+    return report_run(**options)
 
 
 def _add_summary(commands: argparse._SubParsersAction) -> None:

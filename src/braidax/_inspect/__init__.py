@@ -1,4 +1,12 @@
 """Looking at a model: summaries, reports and plots."""
 
 from .plots import plot_balance as plot_balance
+from .plots import plot_bias as plot_bias
+from .plots import plot_coactivation as plot_coactivation
 from .plots import plot_load as plot_load
+from .plots import plot_token_experts as plot_token_experts
+from .plots import plot_weights as plot_weights
+from .report import report as report
+from .report_record import Report as Report
+from .summary import Summary as Summary
+from .summary import summary as summary

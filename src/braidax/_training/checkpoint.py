@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import equinox as eqx
 
+from .corpus import Corpus, check_length, read_corpus
 from .settings import Settings, UserError
 
 FILE_NAME = "checkpoint.eqx"
@@ -102,6 +103,18 @@ def read_header(folder: pathlib.Path) -> Header:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of this version: {error}") from error
+
+
+def read_same_corpus(header: Header) -> Corpus:
+    """The text of the run. Raises `CorpusError`, and `CheckpointError` if it has changed."""
+    corpus = read_corpus(header.settings.text)
+    check_length(corpus, header.settings.length)
+    if corpus.sha256 != header.corpus_sha256:
+        raise CheckpointError(
+            f"{corpus.source} has changed: sha256 {corpus.sha256}, the checkpoint was trained on"
+            f" {header.corpus_sha256}"
+        )
+    return corpus
 
 
 def load_state(folder: pathlib.Path, like: Any) -> Any:

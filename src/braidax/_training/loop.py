@@ -70,13 +70,7 @@ def resume(
     header = checkpoint.read_header(folder)
     if not distributed:
         check_memory(header.settings)
-    corpus = read_corpus(header.settings.text)
-    check_length(corpus, header.settings.length)
-    if corpus.sha256 != header.corpus_sha256:
-        raise CheckpointError(
-            f"{corpus.source} has changed: sha256 {corpus.sha256}, the checkpoint was trained on"
-            f" {header.corpus_sha256}"
-        )
+    corpus = checkpoint.read_same_corpus(header)
     devices = find_devices(header.settings, expert_parallel, distributed)
     optimizer = make_optimizer(header.settings)
     with memory_errors_named():

@@ -21,7 +21,7 @@ from .language_model import LanguageModel
 from .progress import format_layers, read_history
 from .settings import Settings
 from .step import State, evaluate
-from .windows import held_out_windows
+from .windows import held_out_batches
 
 
 def write_report(
@@ -88,10 +88,12 @@ def _held_out_pass(
     settings: Settings, corpus: Corpus, devices: Devices, model: LanguageModel
 ) -> tuple[float, int, list[np.ndarray]]:
     """`(bits per byte, bytes predicted, load of each routed layer)`."""
-    windows = held_out_windows(corpus.held_out, count=settings.eval_windows, length=settings.length)
-    # Whole batches only, so that one compiled function serves all.
-    batch = min(settings.batch, len(windows))
-    batches = windows[: len(windows) // batch * batch].reshape(-1, batch, settings.length + 1)
+    batches = held_out_batches(
+        corpus.held_out,
+        count=settings.eval_windows,
+        length=settings.length,
+        batch=settings.batch,
+    )
     losses, loads = [], [np.zeros(settings.experts, np.int64) for _ in settings.layer_names()]
     for batch_windows in batches:
         evaluated = evaluate(model, jnp.asarray(devices.spread(batch_windows)))

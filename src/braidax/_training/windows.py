@@ -28,6 +28,16 @@ def held_out_windows(
     return _windows(data, starts, length)
 
 
+def held_out_batches(
+    data: UInt8[np.ndarray, " _"], *, count: int, length: int, batch: int
+) -> Int[np.ndarray, "batches batch {length}+1"]:
+    """Those windows in whole batches of `batch` or all, so that one compiled function serves all;
+    a last part of a batch is left out."""
+    windows = held_out_windows(data, count=count, length=length)
+    batch = min(batch, len(windows))
+    return windows[: len(windows) // batch * batch].reshape(-1, batch, length + 1)
+
+
 def _windows(
     data: UInt8[np.ndarray, " _"], starts: Int[np.ndarray, " batch"], length: int
 ) -> Int[np.ndarray, "batch {length}+1"]:
