@@ -31,17 +31,33 @@ def count_assignments(
 def expert_load(routing: Routing) -> Int32[Array, " experts"]:
     """Assignments that each expert receives, `(experts,)` int32.
 
-    All leading axes are summed (micro-batches, devices gathered by `vmap` or `scan`); masked
-    tokens are not counted. A token that names an expert twice counts twice.
+    All leading axes of `routing` are summed (micro-batches, devices gathered by `vmap` or `scan`);
+    masked tokens are not counted. A token that names an expert twice counts twice.
+
+    **Example:**
+
+        >>> import braidax as bx, jax
+        >>> router = bx.TopKRouter(32, 8, 2, key=jax.random.key(0))
+        >>> load = bx.expert_load(router(jax.random.normal(jax.random.key(1), (4, 32))))
+        >>> load.shape, int(load.sum())
+        ((8,), 8)
     """
     return count_assignments(routing.indices, routing.mask, routing.scores.shape[-1])
 
 
 def max_violation(load: Real[Array, "*layers experts"]) -> Float[Array, "*layers"]:
-    """MaxVio (arXiv 2408.15664, eq. 4): `max(load) / mean(load) - 1`, a ratio, float32.
+    """MaxVio: `max(load) / mean(load) - 1`, a ratio, float32 `(*layers,)`.
 
-    0 at perfect balance, `experts / experts_per_token - 1` at collapse, and 0 where nothing is
-    loaded.
+    `load` counts assignments, `(*layers, experts)`. 0 at perfect balance and where nothing is
+    loaded, `experts / experts_per_token - 1` at collapse.
+
+    **Source:** arXiv:2408.15664, eq. 4.
+
+    **Example:**
+
+        >>> import braidax as bx, jax.numpy as jnp
+        >>> float(bx.max_violation(jnp.array([4, 2, 1, 1])))
+        1.0
     """
     load = load.astype(jnp.float32)
     mean = jnp.mean(load, axis=-1)
@@ -50,10 +66,16 @@ def max_violation(load: Real[Array, "*layers experts"]) -> Float[Array, "*layers
 
 
 def load_entropy(load: Real[Array, "*layers experts"]) -> Float[Array, "*layers"]:
-    """Entropy of the load's shares divided by `log(experts)`: 1 at perfect balance, float32.
+    """Entropy of the load's shares divided by `log(experts)`, float32 `(*layers,)`.
 
-    0 when one of several experts takes everything. A single expert has entropy 1 by convention,
-    and a load of zero everywhere has entropy 0.
+    `load` counts assignments, `(*layers, experts)`. 1 at perfect balance and, by convention, for a
+    single expert; 0 when one of several takes everything, and for a load of zero everywhere.
+
+    **Example:**
+
+        >>> import braidax as bx, jax.numpy as jnp
+        >>> round(float(bx.load_entropy(jnp.array([4, 4, 0, 0]))), 4)
+        0.5
     """
     load = load.astype(jnp.float32)
     total = jnp.sum(load, axis=-1)
@@ -64,7 +86,14 @@ def load_entropy(load: Real[Array, "*layers experts"]) -> Float[Array, "*layers"
 
 
 def dead_experts(load: Real[Array, "*layers experts"]) -> Int32[Array, "*layers"]:
-    """Number of experts with zero load, int32."""
+    """Number of experts without `load`, `(*layers, experts)`: int32 `(*layers,)`.
+
+    **Example:**
+
+        >>> import braidax as bx, jax.numpy as jnp
+        >>> int(bx.dead_experts(jnp.array([4, 4, 0, 0])))
+        2
+    """
     return jnp.sum(load == 0, axis=-1, dtype=jnp.int32)
 
 
@@ -97,7 +126,7 @@ def _token_mask(routing: Routing) -> Bool[Array, "*batch"]:
 
 @reduction_on_any_mesh
 def sequence_balance_loss(routing: Routing) -> Float[Array, ""]:
-    """Sequence-wise balance loss, unweighted, float32: DeepSeek-V3 (arXiv 2412.19437), eq. 17-20.
+    """Sequence-wise balance loss of a `routing`, unweighted, a float32 scalar.
 
     `sum_i f_i P_i`, where `f_i` is the share of selections of expert `i` times `experts`, by the
     top-k of the scores **without** the bias (no gradient flows through it), and `P_i` the mean
@@ -108,6 +137,15 @@ def sequence_balance_loss(routing: Routing) -> Float[Array, ""]:
     which the mean is taken; a single token is a sequence of one. Masked tokens are left out, and
     so are sequences without a valid token; with none at all the loss is 0. Meant for layers that
     select by score: a hash layer has nothing to balance.
+
+    **Source:** DeepSeek-V3 (arXiv:2412.19437), eq. 17-20.
+
+    **Example:** a gate that has no preferences, whose two first experts win every tie.
+
+        >>> import braidax as bx, jax
+        >>> router = bx.TopKRouter(32, 8, 2, key=jax.random.key(0))
+        >>> round(float(bx.sequence_balance_loss(router(jax.numpy.zeros((4, 32))))), 4)
+        1.0
     """
     scores, mask = routing.scores, _token_mask(routing)
     tokens = scores.shape[-2] if scores.ndim > 1 else 1
@@ -118,7 +156,17 @@ def sequence_balance_loss(routing: Routing) -> Float[Array, ""]:
 
 @reduction_on_any_mesh
 def batch_balance_loss(routing: Routing) -> Float[Array, ""]:
-    """`sequence_balance_loss` with all tokens, whatever their axes, as one sequence."""
+    """`sequence_balance_loss` with all tokens of a `routing`, whatever their axes, as one sequence.
+
+    **Source:** as for `sequence_balance_loss`. **Example:** two sequences on opposite halves.
+
+        >>> import braidax as bx, jax.numpy as jnp
+        >>> scores = jnp.array([[[0.5, 0.5, 0, 0]] * 4, [[0, 0, 0.5, 0.5]] * 4])
+        >>> indices = jnp.array([[[0, 1]] * 4, [[2, 3]] * 4])
+        >>> routing = bx.Routing(indices, jnp.ones((2, 4, 2)), scores, scores, None, jnp.array(0))
+        >>> float(bx.sequence_balance_loss(routing)), float(bx.batch_balance_loss(routing))
+        (2.0, 1.0)
+    """
     scores, mask = routing.scores, _token_mask(routing)
     tokens = math.prod(scores.shape[:-1])
     scores = scores.reshape(1, tokens, scores.shape[-1])
@@ -127,9 +175,16 @@ def batch_balance_loss(routing: Routing) -> Float[Array, ""]:
 
 @reduction_on_any_mesh
 def router_z_loss(routing: Routing) -> Float[Array, ""]:
-    """Mean over valid tokens of `logsumexp(logits) ** 2`, unweighted, float32.
+    """Mean over valid tokens of `logsumexp(logits) ** 2`, unweighted, a float32 scalar.
 
-    ST-MoE (arXiv 2202.08906), eq. 5. 0 when there is no valid token.
+    The logits are those of `routing`. 0 without a valid token. **Source:** arXiv:2202.08906, eq. 5.
+
+    **Example:** `log(8) ** 2` for logits that are all 0.
+
+        >>> import braidax as bx, jax
+        >>> router = bx.TopKRouter(32, 8, 2, key=jax.random.key(0))
+        >>> round(float(bx.router_z_loss(router(jax.numpy.zeros((4, 32))))), 4)
+        4.3241
     """
     mask = _token_mask(routing)
     logits = jnp.where(mask[..., None], routing.logits.astype(jnp.float32), 0)
@@ -159,15 +214,24 @@ def updated_bias(
     *,
     center: bool = False,
 ) -> Float[Array, "*layers experts"]:
-    """`bias + rate * sign(mean(load) - load)`, float32 (arXiv 2408.15664, algorithm 1).
+    """`bias + rate * sign(mean(load) - load)`, float32 `(*layers, experts)`.
 
-    The sign is decided in integers, exactly, for counts up to the largest of their dtype. `load`
-    is the count of the whole step: sum over devices and micro-batches first. `center=True` also
-    subtracts the mean of the update, which stops the common drift and leaves selection alone.
-    A load of zero everywhere leaves the bias unchanged.
+    `bias` and `load` are `(*layers, experts)`, `rate` is a scalar in units of the scores. The sign
+    is decided in integers, exactly, for counts up to the largest of their dtype. `load` is the
+    count of the whole step: sum over devices and micro-batches first. `center=True` also subtracts
+    the mean of the update, which stops the common drift and leaves selection alone. A load of zero
+    everywhere leaves the bias unchanged.
 
-    Raises `TypeError` for a `load` that is not integer, `ValueError` for shapes that differ and
-    for a `rate` that is not a finite scalar (a traced rate cannot be checked).
+    **Raises:** `TypeError` for a `load` that is not integer, `ValueError` for shapes that differ
+    and for a `rate` that is not a finite scalar (a traced rate cannot be checked).
+
+    **Source:** arXiv:2408.15664, algorithm 1.
+
+    **Example:**
+
+        >>> import braidax as bx, jax.numpy as jnp
+        >>> bx.updated_bias(jnp.zeros(4), jnp.array([4, 2, 1, 1]), 0.5).tolist()
+        [-0.5, 0.0, 0.5, 0.5]
     """
     _check_update(bias, load, rate)
     if load.dtype.itemsize < 4:

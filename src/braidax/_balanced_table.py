@@ -8,6 +8,24 @@ import numpy.typing as npt
 _MAX_REFINEMENT_ATTEMPTS = 10_000
 
 
+def checked_counts(token_counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Occurrences of each token as int64 (vocab,); `TypeError` or `ValueError` otherwise."""
+    counts = np.asarray(token_counts)
+    if counts.ndim != 1 or counts.size == 0:
+        raise ValueError(
+            f"`token_counts` must have shape (vocab,) with vocab >= 1. Got {counts.shape}."
+        )
+    if counts.dtype.kind not in "iu":
+        raise TypeError(f"`token_counts` must have an integer dtype. Got {counts.dtype}.")
+    if counts.min() < 0:
+        token = int((counts < 0).argmax())
+        raise ValueError(f"`token_counts` must be >= 0. Got {counts[token]} for token {token}.")
+    total = sum(counts.tolist())
+    if total >= 2**62:
+        raise ValueError(f"`token_counts` must sum to less than 2**62. Got {total}.")
+    return counts.astype(np.int64)
+
+
 def least_loaded(counts: npt.NDArray[np.int64], experts: int, slots: int) -> npt.NDArray[np.int32]:
     """Rows (len(counts), slots): each token takes the `slots` least loaded experts, in order.
 

@@ -36,6 +36,13 @@ def positive_number(name: str, value: object) -> float:
     return float(value)
 
 
+def boolean(name: str, value: object) -> bool:
+    """`value`, if it is a bool; `TypeError` otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a bool. Got {value!r}.")
+    return value
+
+
 def floating_dtype(name: str, value: object) -> jnp.dtype:
     """`value` as a floating-point dtype that weights can have; `TypeError` or `ValueError`
     otherwise."""
@@ -61,6 +68,12 @@ def last_axis(name: str, array: Any, size: int, size_name: str) -> None:
         raise ValueError(
             f"`{name}` must have shape (*batch, {size_name}={size}). Got {tuple(shape)}."
         )
+
+
+def same_sizes(name: str, sizes: Any, wanted: Any, meaning: str) -> None:
+    """`sizes` are the `wanted` ones, which are `meaning` to a reader of the `ValueError`."""
+    if tuple(sizes) != tuple(wanted):
+        raise ValueError(f"`{name}` must have {meaning}, {tuple(wanted)}. Got {tuple(sizes)}.")
 
 
 def one_line(message: str) -> str:

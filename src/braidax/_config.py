@@ -1,16 +1,15 @@
 """`MoEConfig`: every number that fixes a mixture-of-experts layer, and the released presets."""
 
 import dataclasses
-import json
 import numbers
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from jax.core import Tracer
 
 from ._checks import integer, one_line, positive_integer, positive_number
+from ._config_file import fields_from_hf, read_config
 
 _POSITIVE_INTEGERS = (
     *("hidden_size", "intermediate_size", "num_experts", "num_experts_per_token", "vocab_size"),
@@ -35,13 +34,31 @@ _SAME_AS_SWIGLU_LIMIT: Any = _SameAsSwigluLimit()
 class MoEConfig:
     """The numbers of one model's mixture-of-experts layers, validated at construction.
 
-    Sizes are counts of features, experts, tokens or layers. `vocab_size` is needed only by hash
-    layers, which are the first `num_hash_layers` layers. `swiglu_limit` clamps the routed experts'
-    activations and `shared_swiglu_limit` the shared expert's (by default the same value, fixed at
-    construction); `None` is no clamp. `temperature` divides the logits (`gate_temp` in
-    DeepSeek-V4.1).
+    - `hidden_size`, `intermediate_size`: features of a token, and inside one expert.
+    - `num_experts`, `num_experts_per_token`: routed experts, and how many each token goes to.
+    - `vocab_size`: token ids; needed only by hash layers.
+    - `num_shared_experts`: experts that every token passes.
+    - `score_function`: `"sqrtsoftplus"`, `"sigmoid"` or `"softmax"`.
+    - `normalize`: whether the selected scores are divided by their sum.
+    - `scaling_factor`: multiplies the weights, last.
+    - `num_groups`, `num_selected_groups`: groups of experts, and how many of them a token may use.
+    - `num_hash_layers`: the first so many layers are routed by token id.
+    - `swiglu_limit`, `shared_swiglu_limit`: clamp the activations of the routed experts and of the
+      shared one (by default the same value, fixed at construction); `None` is no clamp.
+    - `temperature`: divides the logits (`gate_temp` in DeepSeek-V4.1).
 
-    Raises `TypeError` for a value of the wrong type and `ValueError` for one out of range.
+    **Raises:** `TypeError` for a value of the wrong type and `ValueError` for one out of range.
+
+    **Source:** the `config.json` of DeepSeek-V3 (arXiv:2412.19437), DeepSeek-V4 (arXiv:2606.19348)
+    and DeepSeek-V4.1.
+
+    **Example:**
+
+        >>> import braidax as bx
+        >>> config = bx.MoEConfig(hidden_size=64, intermediate_size=32, num_experts=8,
+        ...     num_experts_per_token=2, vocab_size=256, num_hash_layers=1, swiglu_limit=10.0)
+        >>> config.shared_swiglu_limit
+        10.0
     """
 
     hidden_size: int
@@ -99,17 +116,30 @@ class MoEConfig:
 
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> "MoEConfig":
-        """Read a Hugging Face `config.json`: its path, its folder, or the parsed dictionary.
+        """Read a Hugging Face `config.json`.
 
-        A nested `text_config` (DeepSeek-V4.1) wins over the keys around it. A `swiglu_limit` that
-        is null or not positive is no clamp, and null groups are one group, as in DeepSeek's code.
+        `source` is its path, its folder, or the parsed dictionary. A nested `text_config`
+        (DeepSeek-V4.1) wins over the keys around it. A `swiglu_limit` that is null or not positive
+        is no clamp, and null groups are one group, as in DeepSeek's code.
 
-        Raises `FileNotFoundError` for a missing file and `ValueError`, naming file and key, for
-        anything in it that is missing, contradictory or not supported.
+        **Raises:** `FileNotFoundError` for a missing file and `ValueError`, naming file and key,
+        for anything in it that is missing, contradictory or not supported.
+
+        **Source:** the released `config.json` of each model; `mlp_layer_types` and
+        `num_local_experts` are transformers' (`models/deepseek_v4`).
+
+        **Example:**
+
+            >>> import braidax as bx
+            >>> bx.MoEConfig.from_hf({"hidden_size": 64, "moe_intermediate_size": 32,
+            ...     "n_routed_experts": 8, "num_experts_per_tok": 2, "vocab_size": 256,
+            ...     "scoring_func": "sqrtsoftplus", "mlp_layer_types": ["hash_moe", "moe"],
+            ... }).num_hash_layers
+            1
         """
-        origin, raw = _read(source)
+        origin, raw = read_config(source)
         try:
-            return cls(**_fields_from_hf(raw))
+            return cls(**fields_from_hf(raw))
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{origin}: {one_line(str(error))}") from error
 
@@ -117,40 +147,90 @@ class MoEConfig:
 
     @classmethod
     def deepseek_v3(cls) -> "MoEConfig":
-        """DeepSeek-V3: 256 experts in 8 groups, sigmoid scores, no hash layers, no clamp."""
+        """DeepSeek-V3: 256 experts in 8 groups, sigmoid scores, no hash layers, no clamp.
+
+        **Source:** the released `config.json`; arXiv:2412.19437, section 4.2.
+
+        **Example:**
+
+            >>> import braidax as bx
+            >>> bx.MoEConfig.deepseek_v3().num_selected_groups
+            4
+        """
         return cls(7168, 2048, 256, 8, 129280, 1, "sigmoid", True, 2.5, 8, 4)
 
     @classmethod
     def deepseek_v4_flash(cls) -> "MoEConfig":
-        """DeepSeek-V4-Flash: 256 experts, 6 a token, the first 3 layers hashed."""
+        """DeepSeek-V4-Flash: 256 experts, 6 a token, the first 3 layers hashed.
+
+        **Source:** the released `config.json`; arXiv:2606.19348.
+
+        **Example:**
+
+            >>> import braidax as bx
+            >>> bx.MoEConfig.deepseek_v4_flash().num_experts
+            256
+        """
         return cls(
             4096, 2048, 256, 6, 129280, scaling_factor=1.5, num_hash_layers=3, swiglu_limit=10.0
         )
 
     @classmethod
     def deepseek_v4_pro(cls) -> "MoEConfig":
-        """DeepSeek-V4-Pro: 384 experts, 6 a token, the first 3 layers hashed."""
+        """DeepSeek-V4-Pro: 384 experts, 6 a token, the first 3 layers hashed.
+
+        **Source:** the released `config.json`; arXiv:2606.19348.
+
+        **Example:**
+
+            >>> import braidax as bx
+            >>> bx.MoEConfig.deepseek_v4_pro().scaling_factor
+            2.5
+        """
         return cls(
             7168, 3072, 384, 6, 129280, scaling_factor=2.5, num_hash_layers=3, swiglu_limit=10.0
         )
 
     @classmethod
     def deepseek_v4_1_flash(cls) -> "MoEConfig":
-        """DeepSeek-V4.1-Flash: 384 experts, 6 a token, no hash layers."""
+        """DeepSeek-V4.1-Flash: 384 experts, 6 a token, no hash layers.
+
+        **Source:** the released `config.json`.
+
+        **Example:**
+
+            >>> import braidax as bx
+            >>> bx.MoEConfig.deepseek_v4_1_flash().num_hash_layers
+            0
+        """
         return cls(5120, 2304, 384, 6, 129280, scaling_factor=1.5, swiglu_limit=10.0)
 
     @classmethod
     def tiny(cls) -> "MoEConfig":
-        """A byte-sized DeepSeek-V4 for tests and examples: 8 experts, 2 a token, 2 hash layers."""
+        """A byte-sized DeepSeek-V4 for tests and examples: 8 experts, 2 a token, 2 hash layers.
+
+        **Example:**
+
+            >>> import braidax as bx
+            >>> bx.MoEConfig.tiny().hidden_size
+            32
+        """
         return cls(32, 16, 8, 2, 256, scaling_factor=1.5, num_hash_layers=2, swiglu_limit=10.0)
 
 
 def is_hash_layer(config: MoEConfig, layer_idx: int) -> bool:
-    """Whether layer `layer_idx` (from 0) routes by token id: one of the first `num_hash_layers`.
+    """Whether layer `layer_idx` (from 0) routes by token id: one of the first `num_hash_layers` of
+    `config`.
 
     The answer decides which parameters exist, so `layer_idx` must be static, not traced.
 
-    Raises `TypeError` for anything but an integer (traced, a bool) and `ValueError` below 0.
+    **Raises:** `TypeError` for anything but an integer (traced, a bool) and `ValueError` below 0.
+
+    **Example:**
+
+        >>> import braidax as bx
+        >>> [bx.is_hash_layer(bx.MoEConfig.tiny(), layer_idx) for layer_idx in range(4)]
+        [True, True, False, False]
     """
     if isinstance(layer_idx, Tracer):
         raise TypeError(f"`layer_idx` must be static, not traced. Got {layer_idx}.")
@@ -166,83 +246,3 @@ def _check_size(name: str, value: Any):
 def _require(condition: bool, name: str, rule: str, given: str):
     if not condition:
         raise ValueError(f"`{name}` must {rule}. Got {given}.")
-
-
-# Our name -> spellings in a Hugging Face config.json. All spellings that are present must agree.
-_REQUIRED_KEYS = {
-    "hidden_size": ("hidden_size",),
-    "intermediate_size": ("moe_intermediate_size",),
-    "num_experts": ("n_routed_experts", "num_local_experts", "num_experts"),
-    "num_experts_per_token": ("num_experts_per_tok",),
-    "score_function": ("scoring_func",),
-}
-_OPTIONAL_KEYS = {
-    "vocab_size": ("vocab_size",),
-    "num_shared_experts": ("n_shared_experts",),
-    "normalize": ("norm_topk_prob",),
-    "scaling_factor": ("routed_scaling_factor",),
-    "num_groups": ("n_group",),
-    "num_selected_groups": ("topk_group",),
-    "temperature": ("gate_temp",),
-}
-# Keys that change the maths: only these values are what the library computes.
-_SUPPORTED_VALUES = {"hidden_act": ("silu",), "topk_method": ("noaux_tc", "greedy")}
-
-
-def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Where the configuration came from, for messages, and its content."""
-    if isinstance(source, Mapping):
-        return "config", source
-    path = pathlib.Path(source)
-    if os.path.isdir(path):
-        path = path / "config.json"
-    if not os.path.isfile(path):  # False, where pathlib raises, for a name that is too long
-        raise FileNotFoundError(one_line(f"There is no configuration file at {path}."))
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {one_line(str(error))}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a JSON object. Got {type(content).__name__}.")
-    return one_line(str(path)), content
-
-
-def _fields_from_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(raw.get("text_config"), Mapping):
-        raw = {**raw, **raw["text_config"]}
-    for key, supported in _SUPPORTED_VALUES.items():
-        if raw.get(key, supported[0]) not in (*supported, None):
-            raise ValueError(f"`{key}` must be one of {', '.join(supported)}. Got {raw[key]!r}.")
-    fields = {}
-    for name, keys in {**_REQUIRED_KEYS, **_OPTIONAL_KEYS}.items():
-        value = _one_value(raw, keys)
-        if value is not None:
-            fields[name] = value
-        elif name in _REQUIRED_KEYS:
-            raise ValueError(f"the key {' or '.join(f'`{key}`' for key in keys)} is missing.")
-    fields["num_hash_layers"] = _num_hash_layers(raw)
-    limit = raw.get("swiglu_limit")
-    no_clamp = isinstance(limit, int | float) and limit is not False and limit <= 0
-    return {**fields, "swiglu_limit": None if no_clamp else limit}
-
-
-def _one_value(raw: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-    given = {key: raw[key] for key in keys if raw.get(key) is not None}
-    value = next(iter(given.values()), None)
-    if any(other != value for other in given.values()):
-        spelled = ", ".join(f"`{key}` = {other!r}" for key, other in given.items())
-        raise ValueError(f"conflicting spellings of one value: {spelled}.")
-    return value
-
-
-def _num_hash_layers(raw: Mapping[str, Any]) -> Any:
-    """`num_hash_layers` as released, or counted in transformers' `mlp_layer_types`."""
-    released, layer_types = raw.get("num_hash_layers"), raw.get("mlp_layer_types")
-    if layer_types is None:
-        return 0 if released is None else released
-    if not isinstance(layer_types, list | tuple):
-        raise ValueError(f"`mlp_layer_types` must be a list. Got {layer_types!r}.")
-    count = sum(layer_type == "hash_moe" for layer_type in layer_types)
-    if any(layer_type != "hash_moe" for layer_type in layer_types[:count]):
-        raise ValueError("`mlp_layer_types` must list every hash_moe layer before all others.")
-    return _one_value({**raw, "mlp_layer_types": count}, ("num_hash_layers", "mlp_layer_types"))

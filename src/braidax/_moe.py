@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Integer, PRNGKeyArray
 
 from ._backends import check_backend, find_backend
+from ._checks import boolean, same_sizes
 from ._config import MoEConfig
 from ._experts import AbstractExperts, SwiGLU, SwiGLUExperts
 from ._experts.grouped_matmul import accumulation_dtype
@@ -27,9 +28,16 @@ class RoutedMoE(eqx.Module):
 
     `block(hidden_states, input_ids)` takes a token, a sequence or a batch, `(*batch, hidden)`,
     and returns `(output, routing)`. Native leading axes are the fast path; `jax.vmap(block)`
-    gives the same answer and composes with `jax.grad` either way round.
+    gives the same answer and composes with `jax.grad` either way round. **Source:** DeepSeek-V4
+    (arXiv:2606.19348), section 2.1.
 
-    **Source:** DeepSeek-V4 (arXiv:2606.19348), section 2.1.
+    **Example:**
+
+        >>> import braidax as bx, jax
+        >>> block = bx.RoutedMoE.from_config(bx.MoEConfig.tiny(), 2, key=jax.random.key(0))
+        >>> output, routing = block(jax.numpy.ones((4, 32)))
+        >>> output.shape, routing.indices.shape
+        ((4, 32), (4, 2))
     """
 
     router: AbstractRouter
@@ -61,19 +69,19 @@ class RoutedMoE(eqx.Module):
         - `remat`: do not keep the experts' pre-activations, `(rows, 2 * intermediate)` float32 in
             each layer, for the backward pass: it computes them again. Same numbers, more time;
             less memory for layers in a `jax.lax.scan`. Unrolled layers on a CPU gain nothing, and
-            a block spread by `ExpertParallel` always recomputes.
+            a block spread by `ExpertParallel` (its field `parallel`) always recomputes.
 
         **Raises:** `ValueError` or `TypeError` naming the argument, for sizes that differ too.
         """
         if isinstance(experts, SwiGLUExperts):
             # The last axes: layers may be stacked in front.
             sizes, wanted = experts.gate_up.shape[-3::2], router.weight.shape[-2:]
-            _check_sizes("experts", sizes, wanted, "the (experts, hidden) of `router`")
+            same_sizes("experts", sizes, wanted, "the (experts, hidden) of `router`")
         self.router = router
         self.experts = experts
         self.backend = check_backend(backend)
-        self.checks = _boolean("checks", checks)
-        self.remat = _boolean("remat", remat)
+        self.checks = boolean("checks", checks)
+        self.remat = boolean("remat", remat)
         self.parallel = None  # Set by `ExpertParallel.shard`.
 
     @classmethod
@@ -87,6 +95,9 @@ class RoutedMoE(eqx.Module):
     ) -> "RoutedMoE":
         """The routed experts of layer `layer_idx`: hash-routed if it is one of the first
         `config.num_hash_layers`, by an MD5 table salted with the layer index; top-k otherwise.
+        Weights are of `dtype`, drawn with `key`.
+
+        **Raises:** `TypeError` or `ValueError` for a traced or negative `layer_idx` and a `dtype`.
         """
         router_key, experts_key = jax.random.split(key)
         experts = SwiGLUExperts(
@@ -131,7 +142,16 @@ class RoutedMoE(eqx.Module):
 class RoutedAndSharedMoE(eqx.Module):
     """Routed experts plus a shared expert that every token passes: DeepSeek's MoE layer.
 
-    The shared output is added unscaled, in float32, and the sum is rounded once.
+    The shared output is added unscaled, in float32, and the sum is rounded once. **Source:**
+    DeepSeek-V4 (arXiv:2606.19348), section 2.1.
+
+    **Example:**
+
+        >>> import braidax as bx, jax
+        >>> block = bx.RoutedAndSharedMoE.from_config(bx.MoEConfig.tiny(), 0, key=jax.random.key(0))
+        >>> output, routing = block(jax.numpy.ones((4, 32)), jax.numpy.arange(4))  # hashed
+        >>> bool((routing.indices == block.routed.router.table[:4]).all())
+        True
     """
 
     routed: RoutedMoE
@@ -147,7 +167,7 @@ class RoutedAndSharedMoE(eqx.Module):
         """
         if isinstance(shared, SwiGLU):
             sizes, wanted = shared.gate_up.shape[-1:], routed.router.weight.shape[-1:]
-            _check_sizes("shared", sizes, wanted, "the (hidden,) of `routed`")
+            same_sizes("shared", sizes, wanted, "the (hidden,) of `routed`")
         self.routed = routed
         self.shared = shared
 
@@ -160,9 +180,9 @@ class RoutedAndSharedMoE(eqx.Module):
         dtype: DTypeLike = jnp.float32,
         key: PRNGKeyArray,
     ) -> "RoutedAndSharedMoE":
-        """The MoE layer `layer_idx` of `config`. Several shared experts are one wider network.
+        """As `RoutedMoE.from_config`, with the shared expert; several are one wider network.
 
-        **Raises:** `ValueError` if the configuration has no shared expert.
+        **Raises:** as that, and `ValueError` if the configuration has no shared expert.
         """
         if config.num_shared_experts < 1:
             raise ValueError(
@@ -228,14 +248,3 @@ def routed_sum(
     output = dispatch.combine(rows, weights).astype(accumulation_dtype(hidden_states))
     # Masked here as well: nothing that comes back through a padded row may reach an expert.
     return zero_masked(output.reshape(*batch, hidden), routing.mask), routing
-
-
-def _boolean(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a bool. Got {value!r}.")
-    return value
-
-
-def _check_sizes(name: str, sizes: tuple[int, ...], wanted: tuple[int, ...], meaning: str) -> None:
-    if tuple(sizes) != tuple(wanted):
-        raise ValueError(f"`{name}` must have {meaning}, {tuple(wanted)}. Got {tuple(sizes)}.")

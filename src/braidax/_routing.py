@@ -15,13 +15,22 @@ class Routing(eqx.Module):
     A router returns it, the block computes with it, and every loss, metric and bias update is a
     function of it. Under `jax.vmap` or `jax.lax.scan` all fields gain the mapped axis in front.
 
-    - `indices`: int32 ids of the selected experts, each in `[0, experts)`.
-    - `weights`: float32 combine weights, already normalised and scaled. NaN marks a token that
-      could not be routed (an id outside the table, a NaN score).
-    - `scores`: float32 scores before the selection bias.
-    - `logits`: float32 gate logits, after the temperature.
-    - `mask`: `False` marks padding: not counted, zero output, no gradient. `None`: no padding.
-    - `dropped`: number of assignments that were not computed; 0 when dropless.
+    - `indices`: `(*batch, experts_per_token)` int32, the selected experts, each in `[0, experts)`.
+    - `weights`: `(*batch, experts_per_token)` float32 combine weights, already normalised and
+      scaled. NaN marks a token that could not be routed (an id outside the table, a NaN score).
+    - `scores`: `(*batch, experts)` float32, before the selection bias.
+    - `logits`: `(*batch, experts)` float32, of the gate, after the temperature.
+    - `mask`: `(*batch,)` bool, `False` on padding: not counted, zero output, no gradient. `None`:
+      no padding.
+    - `dropped`: int32 scalar, the number of assignments that were not computed; 0 when dropless.
+
+    **Example:**
+
+        >>> import braidax as bx, jax
+        >>> router = bx.TopKRouter(32, 8, 2, key=jax.random.key(0))
+        >>> routing = router(jax.numpy.ones((4, 32)))
+        >>> isinstance(routing, bx.Routing), routing.scores.shape, int(routing.dropped)
+        (True, (4, 8), 0)
     """
 
     indices: Int[Array, "*batch experts_per_token"]

@@ -55,11 +55,18 @@ def _sqrt_softplus_jvp(primals, tangents):
 def sqrt_softplus(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """`sqrt(log(1 + exp(x)))`, elementwise, the score function of DeepSeek-V4.
 
-    Value and derivatives are accurate for every input, where composing `jnp.sqrt` with
-    `jax.nn.softplus` gives a NaN gradient below about -87 in float32. Computed in float32 or
-    wider and returned in the dtype of `x`. NaN gives NaN, -inf gives 0, inf gives inf.
+    Value and derivatives are accurate for every input `x`, `(*batch,)`, where composing `jnp.sqrt`
+    with `jax.nn.softplus` gives a NaN gradient below about -87 in float32. Computed in float32 or
+    wider and returned in the shape and dtype of `x`. NaN gives NaN, -inf gives 0, inf gives inf.
 
     **Source:** DeepSeek-V4 (arXiv:2606.19348), section 2.1.
+
+    **Example:**
+
+        >>> import braidax as bx, jax
+        >>> value, slope = jax.value_and_grad(bx.sqrt_softplus)(-100.0)
+        >>> f"{value:.4g} {slope:.4g}"
+        '1.929e-22 9.644e-23'
     """
     x = jnp.asarray(x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

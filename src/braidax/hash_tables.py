@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from ._balanced_table import least_loaded, refine
+from ._balanced_table import checked_counts, least_loaded, refine
 
 _MAX_POOL_ENTRIES = 2**20
 
@@ -30,8 +30,16 @@ def md5(
     `pool[r] = pool[E - 1 - j]`. The rule is braidax's own, not that of any released table.
     A row depends only on (salt, token, E, K), so a larger vocabulary extends a smaller one.
 
-    Returns int32 (vocab, experts_per_token), distinct within a row. Raises `ValueError` or
-    `TypeError` unless the sizes are integers of at least 1, K <= E and 0 <= salt < 2**64.
+    **Returns:** int32 (vocab, experts_per_token), distinct within a row.
+
+    **Raises:** `ValueError` or `TypeError` unless `vocab_size`, `num_experts` and
+    `num_experts_per_token` are integers of at least 1, K <= E and 0 <= `salt` < 2**64.
+
+    **Example:**
+
+        >>> import braidax as bx
+        >>> bx.hash_tables.md5(3, 8, 2).tolist()
+        [[2, 0], [0, 5], [3, 0]]
     """
     vocab, experts, slots, salt = _sizes(vocab_size, num_experts, num_experts_per_token, salt)
     table = np.empty((vocab, slots), np.int32)
@@ -53,12 +61,21 @@ def random(
 ) -> npt.NDArray[np.int32]:
     """Uniformly random distinct experts for every token, seeded by `salt`.
 
-    The "random hash" of Roller et al. 2021. The numbers are the raw 64-bit output of PCG64: numpy
-    guarantees the stream of a bit generator across versions, but not that of the `Generator`
-    methods. The modulo changes a probability by a relative E / 2**64 at most, which is below
-    2**-50 for fewer than 16,384 experts.
+    The numbers are the raw 64-bit output of PCG64: numpy guarantees the stream of a bit generator
+    across versions, but not that of the `Generator` methods. The modulo changes a probability by a
+    relative E / 2**64 at most, which is below 2**-50 for fewer than 16,384 experts.
 
-    Returns int32 (vocab, experts_per_token), distinct within a row. Raises as `md5` does.
+    **Returns:** int32 (vocab, experts_per_token), distinct within a row.
+
+    **Raises:** as `md5` does.
+
+    **Source:** the "random hash" of Hash Layers (arXiv:2106.04426).
+
+    **Example:**
+
+        >>> import braidax as bx
+        >>> bx.hash_tables.random(3, 8, 2, salt=1).tolist()
+        [[7, 5], [5, 7], [1, 6]]
     """
     vocab, experts, slots, salt = _sizes(vocab_size, num_experts, num_experts_per_token, salt)
     bits = np.random.PCG64(salt)
@@ -75,7 +92,15 @@ def round_robin(
 ) -> npt.NDArray[np.int32]:
     """Slot `j` of token `t` is `(t * K + j + salt) % E`: every expert gets as many token ids, +-1.
 
-    Returns int32 (vocab, experts_per_token), distinct within a row. Raises as `md5` does.
+    **Returns:** int32 (vocab, experts_per_token), distinct within a row.
+
+    **Raises:** as `md5` does.
+
+    **Example:**
+
+        >>> import braidax as bx
+        >>> bx.hash_tables.round_robin(5, 8, 2).tolist()
+        [[0, 1], [2, 3], [4, 5], [6, 7], [0, 1]]
     """
     vocab, experts, slots, salt = _sizes(vocab_size, num_experts, num_experts_per_token, salt)
     # The salt is reduced first: unsigned 64-bit salts do not fit the int64 sum.
@@ -99,11 +124,22 @@ def balanced(
     `token_counts`: non-negative integers (vocab,), occurrences of each token id in the training
     data, with a sum below 2**62.
 
-    Returns int32 (vocab, experts_per_token), distinct within a row. Raises `TypeError` for counts
-    that are not integers, `ValueError` for counts that are empty, negative, too large or not 1-D;
-    for the other arguments as `md5` does.
+    **Returns:** int32 (vocab, experts_per_token), distinct within a row.
+
+    **Raises:** `TypeError` for counts that are not integers, `ValueError` for counts that are
+    empty, negative, too large or not 1-D; for the other arguments as `md5` does.
+
+    **Source:** Hash Layers (arXiv:2106.04426); the heuristic is our own.
+
+    **Example:** two tokens as frequent as the other four together get an expert each.
+
+        >>> import braidax as bx, numpy as np
+        >>> counts = np.array([40, 40, 10, 10, 10, 10])
+        >>> table = bx.hash_tables.balanced(counts, num_experts=3, num_experts_per_token=1)
+        >>> np.bincount(table[:, 0], weights=counts).tolist()
+        [40.0, 40.0, 40.0]
     """
-    counts = _checked_counts(token_counts)
+    counts = checked_counts(token_counts)
     vocab, experts, slots, salt = _sizes(counts.size, num_experts, num_experts_per_token, salt)
     bits = np.random.PCG64(salt)
     labels = np.argsort(bits.random_raw(experts), kind="stable")
@@ -120,12 +156,18 @@ def balanced(
 
 
 def from_array(array: npt.ArrayLike, num_experts: int) -> npt.NDArray[np.int32]:
-    """A validated int32 copy of a given table (vocab, experts_per_token), e.g. a released one.
+    """A validated int32 copy of a given table `array`, (vocab, experts_per_token).
 
     Any integer dtype is accepted. Duplicates within a row are too: their weights add up.
 
-    Raises `TypeError` if the dtype is not an integer one, `ValueError` if the array is not 2-D, is
-    empty, has more columns than experts, or has an entry outside [0, num_experts).
+    **Raises:** `TypeError` if the dtype is not an integer one, `ValueError` if the array is not
+    2-D, is empty, has more columns than `num_experts`, or an entry outside [0, num_experts).
+
+    **Example:**
+
+        >>> import braidax as bx
+        >>> bx.hash_tables.from_array([[0, 3], [7, 7]], num_experts=8).dtype
+        dtype('int32')
     """
     table = np.asarray(array)
     if table.ndim != 2:
@@ -171,23 +213,6 @@ def _sizes(
             f"`num_experts_per_token` must be at most num_experts={experts}. Got {slots}."
         )
     return vocab, experts, slots, _integer("salt", salt, 0, 2**64 - 1)
-
-
-def _checked_counts(token_counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    counts = np.asarray(token_counts)
-    if counts.ndim != 1 or counts.size == 0:
-        raise ValueError(
-            f"`token_counts` must have shape (vocab,) with vocab >= 1. Got {counts.shape}."
-        )
-    if counts.dtype.kind not in "iu":
-        raise TypeError(f"`token_counts` must have an integer dtype. Got {counts.dtype}.")
-    if counts.min() < 0:
-        token = int((counts < 0).argmax())
-        raise ValueError(f"`token_counts` must be >= 0. Got {counts[token]} for token {token}.")
-    total = sum(counts.tolist())
-    if total >= 2**62:
-        raise ValueError(f"`token_counts` must sum to less than 2**62. Got {total}.")
-    return counts.astype(np.int64)
 
 
 def _chunks(vocab: int, experts: int) -> Iterator[tuple[int, int]]:

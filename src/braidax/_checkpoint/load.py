@@ -45,10 +45,25 @@ def load_moe(
 
     **Raises:** `FileNotFoundError` if there is no checkpoint or no configuration; `ValueError`
     naming file, tensor, what was expected and what was found, for anything missing, truncated,
-    out of range or of another size than the configuration says.
+    out of range or of another size than the configuration says; `TypeError` for a `dtype` that
+    cannot hold weights.
 
     **Warns:** for a tensor that the layer does not compute with: a bias for image tokens, a bias
     beside a table.
+
+    **Source:** the `model.safetensors` and `inference/model.py` of each release; transformers'
+    `models/deepseek_v4`.
+
+    **Example:** `save_moe` writes such a file.
+
+        >>> import braidax as bx, jax, tempfile
+        >>> config = bx.MoEConfig.tiny()
+        >>> layer = bx.RoutedAndSharedMoE.from_config(config, 2, key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bx.save_moe(f"{folder}/layer.safetensors", layer, 2)
+        ...     loaded = bx.load_moe(f"{folder}/layer.safetensors", 2, config=config)
+        >>> bool((loaded.routed.experts.down == layer.routed.experts.down).all())
+        True
     """
     checkpoint = Checkpoint(path)
     if config is None:

@@ -46,6 +46,18 @@ def save_moe(
 
     **Raises:** `TypeError` for another kind of layer; `ValueError` for a file name that does not
     end in `.safetensors`, stacked layers, or numbers that a quantisation cannot hold.
+
+    **Source:** the released `model.safetensors.index.json` of DeepSeek-V4, and its
+    `inference/kernel.py` for FP4 and FP8.
+
+    **Example:**
+
+        >>> import braidax as bx, jax, pathlib, tempfile
+        >>> layer = bx.RoutedAndSharedMoE.from_config(bx.MoEConfig.tiny(), 2, key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bx.save_moe(f"{folder}/layer.safetensors", layer, layer_idx=2)
+        ...     [path.name for path in pathlib.Path(folder).iterdir()]
+        ['layer.safetensors']
     """
     layer_idx = integer("layer_idx", layer_idx, 0)
     if not os.fspath(path).endswith(".safetensors"):

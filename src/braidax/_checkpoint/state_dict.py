@@ -80,20 +80,26 @@ _LEAVES: dict[type, tuple[_Leaf, ...]] = {
 
 
 def to_state_dict(moe: RoutedAndSharedMoE) -> dict[str, np.ndarray]:
-    """The arrays of a layer by transformers' names, without a prefix.
+    """The arrays of a layer `moe` by transformers' names, without a prefix.
 
     `gate.weight` (experts, hidden), `gate.e_score_correction_bias` (experts,) or `gate.tid2eid`
     int64 (vocab, experts_per_token), `experts.gate_up_proj` (experts, 2 intermediate, hidden)
     with the gate rows first, `experts.down_proj` (experts, hidden, intermediate),
     `shared_experts.{gate,up,down}_proj.weight`. Floating-point arrays keep their dtype. Leading
-    axes, of stacked layers, are kept.
-
-    A gradient of the layer is such a tree too: leaves that are `None` are left out.
+    axes, of stacked layers, are kept. A gradient of the layer is such a tree too: leaves that are
+    `None` are left out.
 
     **Raises:** `TypeError` unless `moe` is a `RoutedAndSharedMoE` of this library's routers and
     experts.
 
     **Source:** `DeepseekV4SparseMoeBlock` of transformers 5.23, `models/deepseek_v4`.
+
+    **Example:**
+
+        >>> import braidax as bx, jax
+        >>> layer = bx.RoutedAndSharedMoE.from_config(bx.MoEConfig.tiny(), 2, key=jax.random.key(0))
+        >>> bx.to_state_dict(layer)["experts.down_proj"].shape
+        (8, 32, 16)
     """
     tensors = {}
     for leaf in _leaves(moe):
@@ -119,21 +125,22 @@ def from_state_dict(
 ) -> RoutedAndSharedMoE:
     """The layer whose arrays are `tensors`: the inverse of `to_state_dict`, for one layer.
 
-    **Arguments:**
+    - `config`: the sizes and rules of the model.
+    - `layer_idx`: from 0; says whether the layer is hashed.
+    - `tensors`: arrays by the names of `to_state_dict`, no more and no fewer. They are copied.
+    - `dtype`: of the weights, 16 bits or more; the bias is float32, the table int32 always.
 
-    - `config`: the sizes and rules of the model; `layer_idx` says whether the layer is hashed.
-    - `layer_idx`: from 0.
-    - `tensors`: numpy or JAX arrays by the names of `to_state_dict`, no more and no fewer. They
-        are copied.
-    - `dtype`: of the weights, 16 bits or more. The selection bias is float32 and the table
-        int32 always.
+    **Raises:** `ValueError` naming the tensor, for names that are missing or unknown, wrong shapes,
+    expert ids out of range, numbers too large for `dtype` or a bias that is not finite;
+    `TypeError` for a dtype that cannot hold weights, quantised ones among them.
 
-    **Raises:** `ValueError` naming the tensor, what it must be and what was given, for names that
-    are missing or unknown, wrong shapes, expert ids out of range, numbers too large for `dtype`
-    or a bias that is not finite; `TypeError` for a dtype that cannot hold weights, quantised ones
-    among them.
+    **Source:** as for `to_state_dict`.
 
-    **Source:** `DeepseekV4SparseMoeBlock` of transformers 5.23, `models/deepseek_v4`.
+    **Example:**
+
+        >>> import braidax as bx, jax
+        >>> layer = bx.RoutedAndSharedMoE.from_config(bx.MoEConfig.tiny(), 2, key=jax.random.key(0))
+        >>> layer = bx.from_state_dict(bx.MoEConfig.tiny(), 2, bx.to_state_dict(layer))
     """
     dtype = floating_dtype("dtype", dtype)
     layer = layer_skeleton(config, layer_idx, dtype)

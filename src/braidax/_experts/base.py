@@ -11,7 +11,23 @@ from .grouped_matmul import GroupedMatmul
 class AbstractExperts(eqx.Module):
     """A stack of feed-forward networks, applied to rows that are grouped by expert.
 
-    Subclass it to put other experts into a `RoutedMoE`.
+    Subclass it to put other experts into a `RoutedMoE`. For `ExpertParallel`, all its arrays start
+    with the expert axis.
+
+    **Example:** experts of one linear layer.
+
+        >>> import braidax as bx, jax
+        >>> class LinearExperts(bx.AbstractExperts):
+        ...     weight: jax.Array  # (experts, hidden_out, hidden)
+        ...
+        ...     def __call__(self, rows, group_sizes, grouped_matmul):
+        ...         return grouped_matmul(rows, self.weight, group_sizes, True)
+        >>> experts = LinearExperts(jax.numpy.stack([jax.numpy.eye(8)] * 4))
+        >>> router = bx.TopKRouter(8, 4, 2, key=jax.random.key(0))
+        >>> block = bx.RoutedMoE(router, experts, backend="dense")
+        >>> output, _ = block(jax.numpy.ones((2, 8)))  # weights that sum to 1, identities
+        >>> bool(jax.numpy.allclose(output, 1))
+        True
     """
 
     @abc.abstractmethod

@@ -68,6 +68,17 @@ class SwiGLU(eqx.Module):
     spelling is `w1`/`gate_proj` and `w3`/`up_proj` for the halves of `gate_up`, and the transpose
     of `w2`/`down_proj` for `down`.
 
+    - `gate_up`: `(gate_and_up, hidden)`, twice the intermediate size, the gate rows first.
+    - `down`: `(intermediate, hidden)`.
+    - `limit`: the clamp.
+
+    **Example:**
+
+        >>> import braidax as bx, jax
+        >>> shared = bx.SwiGLU(32, 16, limit=10.0, key=jax.random.key(0))
+        >>> shared(jax.numpy.ones((4, 32))).shape, shared.gate_up.shape, shared.down.shape
+        ((4, 32), (32, 32), (16, 32))
+
     **Source:** arXiv:2002.05202; the clamp is that of DeepSeek-V4 (arXiv:2606.19348), 4.2.3.
     """
 
@@ -106,8 +117,8 @@ class SwiGLU(eqx.Module):
     def __call__(
         self, hidden_states: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch hidden"]:
-        """`(*batch, hidden)` to `(*batch, hidden)`, returned in float32 or wider so that the sum
-        with the routed experts is rounded once. `key` is ignored.
+        """`hidden_states`, `(*batch, hidden)`, to `(*batch, hidden)`, returned in float32 or wider
+        so that the sum with the routed experts is rounded once. `key` is ignored.
 
         **Raises:** `ValueError` or `TypeError` at trace time for a wrong width or dtype.
         """
@@ -124,8 +135,20 @@ class SwiGLU(eqx.Module):
 class SwiGLUExperts(AbstractExperts):
     """A stack of `SwiGLU` networks, applied to rows that are grouped by expert.
 
-    The weights are those of `SwiGLU` with a leading expert axis, `gate_up` known elsewhere as
-    `gate_up_proj` and `down` as the transpose of `down_proj`.
+    The weights are those of `SwiGLU` with a leading expert axis:
+
+    - `gate_up`: `(experts, gate_and_up, hidden)`, known elsewhere as `gate_up_proj`.
+    - `down`: `(experts, intermediate, hidden)`, the transpose of what is elsewhere `down_proj`.
+    - `limit`: the clamp.
+
+    **Source:** as for `SwiGLU`.
+
+    **Example:** used by a `RoutedMoE`, which sorts the rows and says how to multiply.
+
+        >>> import braidax as bx, jax
+        >>> experts = bx.SwiGLUExperts(8, 32, 16, limit=10.0, key=jax.random.key(0))
+        >>> experts.gate_up.shape, experts.down.shape
+        ((8, 32, 32), (8, 16, 32))
     """
 
     gate_up: Float[Array, "experts gate_and_up hidden"]

@@ -26,12 +26,6 @@ STRATEGIES: dict[str, Exchange] = {"gather": gather, "all_to_all": all_to_all, "
 class ExpertParallel:
     """Experts spread over one axis of a mesh, tokens over that axis and others.
 
-    ```python
-    mesh = jax.make_mesh((2, 4), ("data", "expert"))
-    parallel = bx.ExpertParallel(mesh)
-    model = parallel.shard(model)      # called as before; the answer is that of one device
-    ```
-
     - `mesh`: a `jax.sharding.Mesh` whose axes named here are all Auto or all Explicit.
     - `axis`: the mesh axis that experts are spread over.
     - `tokens`: the mesh axes that tokens are spread over, in order; `axis` is one of them. On axes
@@ -53,6 +47,20 @@ class ExpertParallel:
     reaches the router.
 
     **Raises:** `ValueError` or `TypeError` naming the argument.
+
+    **Source:** `"gather"` and `"all_to_all"` are GShard's (arXiv:2006.16668) exchanges.
+
+    **Example:** on one device here; `(2, 4)` devices are used in the same way.
+
+        >>> import braidax as bx, jax
+        >>> mesh = jax.make_mesh((1, 1), ("data", "expert"))
+        >>> parallel = bx.ExpertParallel(mesh)
+        >>> block = bx.RoutedAndSharedMoE.from_config(bx.MoEConfig.tiny(), 2, key=jax.random.key(0))
+        >>> block = parallel.shard(block)  # called as before; the answer is that of one device
+        >>> parallel.shardings(block).routed.experts.down.spec[0]
+        'expert'
+        >>> parallel.explicit, parallel.size, parallel.token_shards, parallel.exchange.__name__
+        (True, 1, 1, 'gather')
     """
 
     mesh: Mesh

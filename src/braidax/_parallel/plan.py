@@ -75,7 +75,17 @@ def plan(
     - `capacity`: of `"all_to_all"`, as in `ExpertParallel`.
     - `dtype`: of tokens and weights.
 
+    **Returns:** a `Plan` of `PlanRow`s; printed, it is a table.
+
     **Raises:** `ValueError` or `TypeError` naming the argument.
+
+    **Example:**
+
+        >>> import braidax as bx
+        >>> config = bx.MoEConfig.deepseek_v4_flash()
+        >>> plan = bx.plan(config, 8, tokens_per_device=8192, bandwidth=450e9, flops=400e12)
+        >>> print([row for row in plan.rows if row.size == 8][1])
+         8  all_to_all      157.8          0.359             0.755        1.61        5.79
     """
     devices = positive_integer("devices", devices)
     tokens = positive_integer("tokens_per_device", tokens_per_device)

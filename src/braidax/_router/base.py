@@ -32,6 +32,27 @@ class AbstractRouter(eqx.Module):
 
     To write a router, subclass, declare the fields below, and implement `select`. Arrays that
     must not be trained by gradient are listed in `untrained_fields`.
+
+    - `weight`: `(experts, hidden)`, the gate.
+    - `num_experts_per_token`, `score_function`, `normalize`, `scaling_factor`, `temperature`: as
+      for `TopKRouter`.
+
+    **Example:** a router that takes the worst experts, for a comparison.
+
+        >>> import braidax as bx, equinox as eqx, jax
+        >>> class WorstRouter(bx.AbstractRouter):
+        ...     weight: jax.Array
+        ...     num_experts_per_token: int = eqx.field(static=True, default=2)
+        ...     score_function: str = eqx.field(static=True, default="sigmoid")
+        ...     normalize: bool = eqx.field(static=True, default=True)
+        ...     scaling_factor: float = eqx.field(static=True, default=1.0)
+        ...     temperature: float = eqx.field(static=True, default=1.0)
+        ...
+        ...     def select(self, scores, logits, input_ids):
+        ...         _, indices = jax.lax.top_k(-scores, self.num_experts_per_token)
+        ...         return indices, jax.numpy.ones(scores.shape[:-1], bool)
+        >>> WorstRouter(jax.numpy.eye(4))(jax.numpy.array([3.0, 1.0, 0.0, 2.0])).indices.tolist()
+        [2, 1]
     """
 
     weight: eqx.AbstractVar[Float[Array, "experts hidden"]]
@@ -89,8 +110,17 @@ class AbstractRouter(eqx.Module):
         logits: Float[Array, "*batch experts"],
         input_ids: Integer[Array, "*batch"] | None,
     ) -> tuple[Int[Array, "*batch experts_per_token"], Bool[Array, "*batch"]]:
-        """Indices of the chosen experts, all within `[0, experts)`, and whether each token has a
-        defined answer. A token without one gets NaN weights and leaves all others untouched."""
+        """Which experts, for given scores.
+
+        **Arguments:**
+
+        - `scores`, `logits`: `(*batch, experts)` float32.
+        - `input_ids`: `(*batch,)` token ids, or `None`.
+
+        **Returns:** `(*batch, experts_per_token)` int32 indices, all within `[0, experts)`, and
+        `(*batch,)` bool, whether each token has a defined answer. A token without one gets NaN
+        weights and leaves all others untouched.
+        """
 
     def checked_weights(
         self,
@@ -98,15 +128,17 @@ class AbstractRouter(eqx.Module):
         input_ids: Integer[Array, "*batch"] | None,
         mask: Bool[Array, "*batch"] | None,
     ) -> Float[Array, "*batch experts_per_token"]:
-        """`weights`, tied to a run-time error for ids without an answer: `checks=True` of a block.
-        A router that does not look at ids has nothing to check."""
+        """`weights`, `(*batch, experts_per_token)`, tied to a run-time error for unmasked
+        `input_ids` without an answer: `checks=True` of a block. `input_ids` and `mask` are
+        `(*batch,)` or `None`. A router that does not look at ids has nothing to check."""
         del input_ids, mask
         return weights
 
     def rebalanced(
         self, load: Int[Array, "*layers experts"], rate: Real[ArrayLike, ""]
     ) -> "AbstractRouter":
-        """This router after one balancing step. A router without a selection bias stays."""
+        """This router after one step of size `rate` against a `load`, `(*layers, experts)`. A
+        router without a selection bias stays."""
         del load, rate
         return self
 
@@ -130,7 +162,7 @@ class AbstractRouter(eqx.Module):
             hold anything, NaN and invalid ids included.
         - `key`: ignored; provided for compatibility with the Equinox module API.
 
-        **Returns:** a `Routing`.
+        **Returns:** a `Routing` of int32 indices and float32 weights.
 
         **Raises:** `ValueError` or `TypeError` at trace time for a wrong shape or dtype.
         """

@@ -20,9 +20,19 @@ class HashRouter(AbstractRouter):
     parameters touches it. There is no selection bias and nothing to balance by loss. An id
     outside the table gives that token NaN weights and changes no other token.
 
-    The table is known elsewhere as `tid2eid`.
+    - `weight`: `(experts, hidden)`, the gate.
+    - `table`: `(vocab, experts_per_token)`, known elsewhere as `tid2eid`.
+    - all others: the arguments of the constructor.
 
     **Source:** DeepSeek-V4 (arXiv:2606.19348), section 2.1; Hash Layers (arXiv:2106.04426).
+
+    **Example:**
+
+        >>> import braidax as bx, jax
+        >>> table = bx.hash_tables.round_robin(256, 8, 2)
+        >>> router = bx.HashRouter(32, 8, 2, table=table, key=jax.random.key(0))
+        >>> router(jax.numpy.ones((2, 32)), jax.numpy.array([1, 4])).indices.tolist()
+        [[2, 3], [0, 1]]
     """
 
     weight: Float[Array, "experts hidden"]
@@ -53,7 +63,7 @@ class HashRouter(AbstractRouter):
         """**Arguments:**
 
         - `hidden_size`, `num_experts`, `num_experts_per_token`: sizes.
-        - `table`: integers `(vocab, num_experts_per_token)` in `[0, num_experts)`, from
+        - `table`: integers `(vocab, experts_per_token)` in `[0, num_experts)`, from
             `braidax.hash_tables` or a checkpoint. An expert named twice in a row counts twice.
         - `score_function`, `normalize`, `scaling_factor`, `temperature`, `dtype`, `key`: as for
             `TopKRouter`.
@@ -95,7 +105,11 @@ class HashRouter(AbstractRouter):
         logits: Float[Array, "*batch experts"],
         input_ids: Integer[Array, "*batch"] | None,
     ) -> tuple[Int[Array, "*batch experts_per_token"], Bool[Array, "*batch"]]:
-        """The table's rows at `input_ids`; the scores play no part."""
+        """The table's rows at `input_ids`; `scores` play no part. As `AbstractRouter.select`.
+
+        **Raises:** `ValueError` or `TypeError` at trace time for ids that are missing or of
+        another shape or dtype.
+        """
         del logits
         input_ids = _checked_ids(input_ids, scores.shape[:-1])
         if not jnp.issubdtype(self.table.dtype, jnp.integer):
@@ -116,7 +130,11 @@ class HashRouter(AbstractRouter):
         input_ids: Integer[Array, "*batch"] | None,
         mask: Bool[Array, "*batch"] | None,
     ) -> Float[Array, "*batch experts_per_token"]:
-        """`weights`, tied to a run-time error if an unmasked id is outside the table."""
+        """`weights`, tied to a run-time error if an unmasked id is outside the table. As
+        `AbstractRouter.checked_weights`.
+
+        **Raises:** `ValueError` or `TypeError` as `select` does.
+        """
         unknown = ~self._known(_checked_ids(input_ids, weights.shape[:-1]))
         # On the float weights: integers have no NaN for EQX_ON_ERROR=nan to put there.
         return eqx.error_if(

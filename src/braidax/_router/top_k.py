@@ -23,8 +23,22 @@ class TopKRouter(AbstractRouter):
     the small steps it is updated with. Known elsewhere as `gate.bias` or
     `e_score_correction_bias`.
 
+    - `weight`: `(experts, hidden)`, the gate.
+    - `score_correction_bias`: `(experts,)`, 0 at construction.
+    - all others: the arguments of the constructor.
+
     **Source:** DeepSeek-V3 (arXiv:2412.19437), section 2.1.2; the scores of DeepSeek-V4
     (arXiv:2606.19348), section 2.1.
+
+    **Example:** the bias moves the selection, the weights sum to the scaling factor all the same.
+
+        >>> import braidax as bx, equinox as eqx, jax
+        >>> router = bx.TopKRouter(32, 8, 2, scaling_factor=1.5, key=jax.random.key(0))
+        >>> bias = jax.numpy.array([0, 0, 0, 100.0, 0, 100.0, 0, 0])
+        >>> router = eqx.tree_at(lambda router: router.score_correction_bias, router, bias)
+        >>> routing = router(jax.numpy.ones(32))
+        >>> sorted(routing.indices.tolist()), round(float(routing.weights.sum()), 4)
+        ([3, 5], 1.5)
     """
 
     weight: Float[Array, "experts hidden"]
@@ -90,7 +104,11 @@ class TopKRouter(AbstractRouter):
         logits: Float[Array, "*batch experts"],
         input_ids: Integer[Array, "*batch"] | None,
     ) -> tuple[Int[Array, "*batch experts_per_token"], Bool[Array, "*batch"]]:
-        """Bias-corrected, group-limited top-k of `scores`; `input_ids` is ignored."""
+        """Bias-corrected, group-limited top-k of `scores`; `input_ids` is ignored. As
+        `AbstractRouter.select`.
+
+        **Raises:** `ValueError` or `TypeError` at trace time for a bias of another shape or dtype.
+        """
         del input_ids
         bias = jnp.asarray(self.score_correction_bias)
         _check_bias(bias, scores.shape[-1])
@@ -109,7 +127,18 @@ class TopKRouter(AbstractRouter):
     def rebalanced(
         self, load: Int[Array, "*layers experts"], rate: Real[ArrayLike, ""]
     ) -> "TopKRouter":
-        """The router whose bias made one `updated_bias` step against `load`."""
+        """The router whose bias made one `updated_bias` step of size `rate` against `load`,
+        `(*layers, experts)` integer counts.
+
+        **Raises:** as `updated_bias` does.
+
+        **Example:**
+
+            >>> import braidax as bx, jax
+            >>> router = bx.TopKRouter(32, 4, 2, key=jax.random.key(0))
+            >>> router.rebalanced(jax.numpy.array([4, 2, 1, 1]), 0.5).score_correction_bias.tolist()
+            [-0.5, 0.0, 0.5, 0.5]
+        """
         bias = updated_bias(self.score_correction_bias, load, rate)
         return eqx.tree_at(lambda router: router.score_correction_bias, self, bias)
 

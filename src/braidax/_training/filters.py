@@ -32,12 +32,20 @@ def _mask(tree: PyTree, rule: Callable[[Any], bool]) -> PyTree[bool]:
 
 
 def trainable(model: PyTree) -> PyTree[bool]:
-    """A filter specification: True on every inexact array that a gradient may train.
+    """A filter specification: True on every inexact array of `model` that a gradient may train.
 
     False on each router's `untrained_fields` (the selection bias, the hash table) and on
     everything that is not an inexact array. For `eqx.partition(model, trainable(model))`. Do not
     hand it to `optax.masked` as it is: optax would call a mask that is a callable module. Use
     `decay_mask` there.
+
+    **Example:**
+
+        >>> import braidax as bx, equinox as eqx, jax
+        >>> router = bx.TopKRouter(32, 8, 2, key=jax.random.key(0))
+        >>> parameters, rest = eqx.partition(router, bx.trainable(router))
+        >>> parameters.weight.shape, parameters.score_correction_bias
+        ((8, 32), None)
     """
     return _mask(model, eqx.is_inexact_array)
 
@@ -48,6 +56,14 @@ def decay_mask(params: PyTree) -> PyTree[bool]:
     Same structure as `params`, True everywhere except on the routers' `untrained_fields`, which
     have zero gradient but would still decay. `params` may be the model itself,
     `eqx.filter(model, eqx.is_inexact_array)`, or a tree that holds `optax.MaskedNode`s.
+
+    **Example:**
+
+        >>> import braidax as bx, jax, optax
+        >>> optimizer = optax.adamw(1e-3, mask=bx.decay_mask)
+        >>> mask = bx.decay_mask(bx.TopKRouter(32, 8, 2, key=jax.random.key(0)))
+        >>> mask.weight, mask.score_correction_bias
+        (True, False)
     """
     return _mask(params, lambda _: True)
 
@@ -86,16 +102,29 @@ def rebalance(
     *,
     where: Callable[[PyTree], Any] | None = None,
 ) -> PyTree:
-    """A new model with the selection bias of every router moved towards balance by `rate`.
+    """A new `model` with the selection bias of every router moved towards balance by `rate`.
 
-    `routings` holds one `Routing` per router, in model order, routers without a bias included
-    (they stay as they are); a single `Routing` stands for a list of one.
-    `where(model) -> [routers]` names other routers or another order. A router stacked over layers
-    takes a `Routing` whose first axes are those layers; every other axis is summed. Source:
-    `updated_bias`.
+    **Arguments:**
 
-    Raises `ValueError` where the counts or the shapes of routers and routings differ, and
+    - `model`: any tree that holds routers.
+    - `routings`: one `Routing` per router, in model order, routers without a bias included (they
+        stay as they are); a single `Routing` stands for a list of one. A router stacked over
+        layers takes a `Routing` whose first axes are those layers; every other axis is summed.
+    - `rate`: a scalar, the step in units of the scores.
+    - `where`: `where(model) -> [routers]` names other routers or another order.
+
+    **Raises:** `ValueError` where the counts or the shapes of routers and routings differ, and
     `TypeError` where `where` returns anything but routers.
+
+    **Source:** arXiv:2408.15664, algorithm 1, as in `updated_bias`.
+
+    **Example:** tokens that are all alike overload two experts, whose bias falls.
+
+        >>> import braidax as bx, jax
+        >>> router = bx.TopKRouter(32, 8, 2, key=jax.random.key(0))
+        >>> router = bx.rebalance(router, router(jax.numpy.ones((4, 32))), rate=0.5)
+        >>> sorted(router.score_correction_bias.tolist())
+        [-0.5, -0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
     """
     routings = [routings] if isinstance(routings, Routing) else list(routings)
 
