@@ -15,7 +15,7 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 BENCH = ("--groups", "layers", "decode", "bfloat16", "skew", "tokens", "experts")
 # A file stays in one process: its tests share what they have compiled.
 PARALLEL = ("-n", "auto", "--dist", "loadfile")
-LINTED = ("src", "tests", "notebooks", "noxfile.py")
+LINTED = ("src", "tests", "notebooks", "docs", "noxfile.py")
 
 
 def group(name: str) -> tuple[str, ...]:
@@ -74,6 +74,15 @@ def notebooks(session: nox.Session) -> None:
     """Execute every notebook in a fresh kernel; `-- --write` keeps the new outputs."""
     session.install("-e", ".[plot,progress]", *group("notebooks"))
     session.run("python", "notebooks/execute.py", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site in `site`; a broken link or docstring is an error, and so is a page that asks
+    another host for anything."""
+    session.install(*group("docs"))
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+    session.run("python", "docs/offline.py", "site")
 
 
 # virtualenv, because pip and not uv is what knows where a local torch wheel lies.
