@@ -11,7 +11,7 @@ def html_table(
     cell's text are kept as an indent; the first `left` columns are set left, the others right."""
     body = "".join(f"<tr>{_cells('td', row, left)}</tr>" for row in rows)
     return (
-        '<div style="overflow-x:auto;max-width:100%"><table style="border-collapse:collapse">'
+        '<div style="overflow-x:auto;max-width:100%"><table style="border-collapse:collapse;font-size:0.85em">'
         f"<thead><tr>{_cells('th', head, left)}</tr></thead><tbody>{body}</tbody></table></div>"
         + (f"<p><small>{escape(note)}</small></p>" if note else "")
     )
@@ -22,8 +22,10 @@ def _cells(tag: str, row: Sequence[str], left: int) -> str:
 
 
 def _cell(tag: str, text: str, side: str) -> str:
-    font = ";font-family:monospace" if side == "right" and tag == "td" else ""  # bars in line
-    style = f"text-align:{side};padding:0.15em 0.6em;white-space:pre{font}"
+    space = "pre"
+    if tag == "td":  # long text makes room for numbers; bars stay in line
+        space = "pre-wrap" if side == "left" else "pre;font-family:monospace"
+    style = f"text-align:{side};padding:0.15em 0.5em;white-space:{space}"
     return f'<{tag} style="{style}">{escape(text)}</{tag}>'
 
 

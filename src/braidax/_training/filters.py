@@ -36,8 +36,8 @@ def trainable(model: PyTree) -> PyTree[bool]:
 
     False on each router's `untrained_fields` (the selection bias, the hash table) and on
     everything that is not an inexact array. For `eqx.partition(model, trainable(model))`. Do not
-    hand it to `optax.masked` as it is: optax would call a mask that is a callable module. Use
-    `decay_mask` there.
+    hand a tree of labels made from it to `optax.partition` as it is: optax calls labels that are a
+    callable module. Give it a function.
 
     **Example:**
 
