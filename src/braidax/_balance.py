@@ -97,6 +97,26 @@ def dead_experts(load: Real[Array, "*layers experts"]) -> Int32[Array, "*layers"
     return jnp.sum(load == 0, axis=-1, dtype=jnp.int32)
 
 
+def _largest(
+    scores: Float[Array, "groups tokens experts"], count: int
+) -> Bool[Array, "groups tokens experts"]:
+    """Which entries `jax.lax.top_k` selects, that is the first of equal ones.
+
+    By comparisons along the last axis alone, because the partitioner gathers what `top_k` is given:
+    the scores of all tokens on every device, where those are spread over a mesh.
+    """
+
+    def lower(_, threshold):
+        enough = jnp.sum(scores >= threshold, axis=-1, keepdims=True) >= count
+        below = jnp.max(jnp.where(scores < threshold, scores, -jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(enough, threshold, below)
+
+    smallest = jax.lax.fori_loop(0, count, lower, jnp.full_like(scores[..., :1], jnp.inf))
+    above, equal = scores > smallest, scores == smallest
+    left = count - jnp.sum(above, axis=-1, keepdims=True)
+    return above | (equal & (jnp.cumsum(equal, axis=-1) <= left))
+
+
 def _balance_loss(
     scores: Float[Array, "groups tokens experts"],
     mask: Bool[Array, "groups tokens"],
@@ -107,8 +127,8 @@ def _balance_loss(
     # Replaced before any arithmetic: a masked NaN must not reach the value or the gradient.
     scores = jnp.where(mask[..., None], scores.astype(jnp.float32), 1)
     # The selection of the unbiased scores, which the bias update does not move.
-    _, selected = jax.lax.top_k(jax.lax.stop_gradient(scores), experts_per_token)
-    counts = jax.vmap(lambda i, m: count_assignments(i, m, num_experts))(selected, mask)
+    selected = _largest(jax.lax.stop_gradient(scores), experts_per_token) & mask[..., None]
+    counts = jnp.sum(selected, axis=1, dtype=jnp.int32)
     num_tokens = jnp.sum(mask, axis=-1, dtype=jnp.int32)
     divisor = jnp.maximum(num_tokens, 1)[:, None].astype(jnp.float32)
     fractions = counts.astype(jnp.float32) * (num_experts / experts_per_token) / divisor

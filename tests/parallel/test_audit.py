@@ -1,15 +1,18 @@
-"""What the compiler really inserts: read from the compiled programs."""
+"""What the compiler really inserts and holds: read from the compiled programs."""
 
+import functools
 import math
 import re
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import pytest
 from meshes import make_mesh
 
 import braidax as bx
 from braidax._parallel import traffic
+from braidax._parallel.shards import CHUNK
 
 HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, TOKENS = 128, 20, 16, 2, 64
 NAMES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -25,11 +28,25 @@ def collectives(text):
             (dtype, tuple(int(n) for n in shape.split(",") if n))
             for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", results)
         ]
-        explicit = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
-        iota = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
-        group = len(explicit[1].split(",")) if explicit else int(iota[1])
+        group = group_size(rest)
         if group > 1:
             yield name, shapes, group
+
+
+def group_size(text):
+    """Devices in a group: of a list of groups, of a grid, or of some axes of a mesh."""
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(found[1])
+    found = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", found[2]))
+
+
+def flat(text):
+    """`(name, shape)` of every array that a collective moves."""
+    return [(name, moved) for name, shapes, _ in collectives(text) for _, moved in shapes]
 
 
 def sent(name, shapes, group):
@@ -39,8 +56,9 @@ def sent(name, shapes, group):
     return total * (group - 1) * factor[name]
 
 
-def compile_block(strategy, shape, backward, capacity=None):
-    mesh = make_mesh("auto", shape)
+@functools.cache
+def compile_block(strategy, shape, backward, capacity=None, kind="auto"):
+    mesh = make_mesh(kind, shape)
     parallel = bx.ExpertParallel(mesh, strategy=strategy, capacity=capacity)
     keys = jax.random.split(jax.random.key(0))
     router = bx.TopKRouter(HIDDEN, EXPERTS, SLOTS, key=keys[0])
@@ -52,15 +70,16 @@ def compile_block(strategy, shape, backward, capacity=None):
 
     def output(arrays, hidden_states):
         output, routing = eqx.combine(arrays, static)(hidden_states)
-        return output, routing.scores, routing.dropped
+        losses = bx.batch_balance_loss(routing), bx.sequence_balance_loss(routing)
+        return output, sum(losses), routing.scores, routing.dropped
 
     def gradients(arrays, hidden_states, cotangent):
-        value, transpose = jax.vjp(lambda *a: output(*a)[0], arrays, hidden_states)
-        return value, transpose(cotangent)
+        value, transpose = jax.vjp(lambda *a: output(*a)[:2], arrays, hidden_states)
+        return value, transpose((cotangent, jnp.ones(())))
 
     if not backward:
-        return jax.jit(output).lower(arrays, hidden_states).compile().as_text()
-    return jax.jit(gradients).lower(arrays, hidden_states, hidden_states).compile().as_text()
+        return jax.jit(output).lower(arrays, hidden_states).compile()
+    return jax.jit(gradients).lower(arrays, hidden_states, hidden_states).compile()
 
 
 def local_tokens(shape):
@@ -72,27 +91,28 @@ def token_traffic(found):
     return sum(sent(*collective) for collective in found if collective[0] != "all-reduce")
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (2, 2)])
+@pytest.mark.parametrize("kind, shape", [("auto", (1, 4)), ("auto", (2, 2)), ("explicit", (2, 2))])
 @pytest.mark.parametrize("strategy, capacity", [("gather", None), ("all_to_all", 1.5)])
-def test_only_what_was_written(strategy, capacity, shape):
+def test_only_what_was_written(strategy, capacity, kind, shape):
     size, tokens = shape[1], local_tokens(shape)
     sizes = traffic.Sizes(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, tokens, 4)
-    texts = [compile_block(strategy, shape, backward, capacity) for backward in (False, True)]
+    texts = [
+        compile_block(strategy, shape, backward, capacity, kind).as_text()
+        for backward in (False, True)
+    ]
     forward, both = (list(collectives(text)) for text in texts)
-    weights = {(2 * INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN)}
-    for name, shapes, group in (*forward, *both):
-        for _, moved in shapes:
-            # Expert weights never move: only their gradients are summed, each device's own, where
-            # there is a data axis.
-            if moved[-2:] in weights:
-                assert (name, moved[0], group) == ("all-reduce", EXPERTS // size, shape[0])
-                assert shape[0] > 1
-            # No scores are gathered.
-            assert name == "all-reduce" or moved[-1] != EXPERTS
-    assert not any(moved[-2:] in weights for _, shapes, _ in forward for _, moved in shapes)
-    assert any(moved[-2:] in weights for _, shapes, _ in both for _, moved in shapes) == (
-        shape[0] > 1
-    )
+    weights = {(EXPERTS // size, 2 * INTERMEDIATE, HIDDEN), (EXPERTS // size, INTERMEDIATE, HIDDEN)}
+    # What is summed over devices: counts, shares and losses, small whatever the tokens; backward
+    # also the gradients of the router and, over a data axis, of each device's own experts.
+    sums = [[moved for name, moved in found if name == "all-reduce"] for found in map(flat, texts)]
+    small = [[moved for moved in found if math.prod(moved) > 4 * EXPERTS] for found in sums]
+    assert small[0] == []
+    assert set(small[1]) == {(EXPERTS, HIDDEN), *(weights if shape[0] > 1 else ())}
+    for name, moved in (*flat(texts[0]), *flat(texts[1])):
+        # Expert weights never move, one expert's no more than all.
+        assert name == "all-reduce" or moved[-2:] not in {weight[1:] for weight in weights}
+        # No scores are gathered, nor logits.
+        assert name == "all-reduce" or moved[-1] != EXPERTS
     # No buffer holds a row for every assignment of every token that arrives.
     worst = size * tokens * SLOTS
     for rows, width in re.findall(r"f32\[(\d+),(\d+)\]", "".join(texts)):
@@ -104,3 +124,19 @@ def test_only_what_was_written(strategy, capacity, shape):
     # The closed formulas, float32 on both ways and without the slots' metadata.
     rows = size - 1 if strategy == "gather" else (size - 1) * capacity * min(1, SLOTS / size)
     assert per_token == pytest.approx(2 * min(rows, size - 1) * HIDDEN * 4, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 2)])
+@pytest.mark.parametrize(
+    "strategy, capacity", [("gather", None), ("all_to_all", 1.5), ("ragged", None)]
+)
+def test_the_planner_knows_what_is_held(strategy, capacity, shape):
+    """Temporary memory of the compiled forward pass; on a CPU, where `ragged` is emulated."""
+    sizes = traffic.Sizes(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, local_tokens(shape), 4)
+    planned = traffic.working_bytes(strategy, sizes, shape[1], capacity, CHUNK)
+    memory = compile_block(strategy, shape, False, capacity).memory_analysis()
+    # Not all that is planned for is alive at once; what is not planned for is small.
+    assert 0.7 * planned < memory.temp_size_in_bytes < 1.15 * planned
+    arguments = traffic.weight_bytes(sizes, shape[1])
+    arguments += 4 * HIDDEN * (EXPERTS + sizes.tokens)  # the router and the tokens
+    assert memory.argument_size_in_bytes == pytest.approx(arguments, rel=1e-3)

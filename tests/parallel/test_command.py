@@ -3,7 +3,9 @@
 import csv
 import dataclasses
 import json
+import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -52,23 +54,33 @@ def test_many_devices_train_as_one(runs):
     assert_same_run(runs["many"], runs["one"])
 
 
-@pytest.mark.parametrize("name, size", [("many", None), ("one", 4)])
-def test_a_checkpoint_continues_on_another_number_of_devices(name, size, runs, tmp_path):
-    before = read(runs[name])
-    # At its last step: what is left is to report what the loaded weights do.
-    (runs[name] / "report.json").unlink()
-    assert loop.resume(runs[name], expert_parallel=size) == 0
-    for one, two in zip(read(runs[name]), before, strict=True):
-        np.testing.assert_allclose(one, two, rtol=1e-5)
+def test_a_run_continues_on_other_numbers_of_devices(settings, runs, tmp_path, monkeypatch):
+    """Three steps, stopped by a signal in each but the last: on four devices in two ways, and on
+    one in between."""
+    windows, steps = loop._windows, []
+
+    def noted(corpus, settings, step):
+        steps.append(step)
+        if step < settings.steps:
+            signal.raise_signal(signal.SIGTERM)
+        return windows(corpus, settings, step)
+
+    monkeypatch.setattr(loop, "_windows", noted)
+    folder, stopped = tmp_path / "out", 128 + signal.SIGTERM
+    assert loop.start(settings, folder, expert_parallel=2) == stopped and steps == [1]
+    assert loop.resume(folder) == stopped and steps == [1, 2]
+    assert loop.resume(folder, expert_parallel=4) == 0 and steps == [1, 2, 3]
+    assert_same_run(folder, runs["one"])
 
 
-def test_two_processes_train_as_one(settings, runs, tmp_path):
+def command_and_environments(settings, folder):
+    """A training run of two processes with two devices each, as Slurm would start it."""
     options = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in dataclasses.asdict(settings).items()
         if name in (*RUN, "text")
     ]
-    command = [sys.executable, "-m", "braidax", "train", f"--out={tmp_path / 'out'}", *options]
+    command = [sys.executable, "-m", "braidax", "train", f"--out={folder}", *options]
     port, environments = free_port(), []
     for process in (0, 1):
         address = f"127.0.0.1:{port}"
@@ -85,9 +97,32 @@ def test_two_processes_train_as_one(settings, runs, tmp_path):
             "SLURM_LOCALID": str(process),
         }
         environments.append(variables)
-    run_pair([[*command, "--distributed", "--expert-parallel=4"]] * 2, environments)
+    return [[*command, "--distributed", "--expert-parallel=4"]] * 2, environments
+
+
+def test_two_processes_train_as_one(settings, runs, tmp_path):
+    run_pair(*command_and_environments(settings, tmp_path / "out"))
     assert_same_run(tmp_path / "out", runs["one"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name, reason", [("", "File exists"), ("metrics.csv.tmp", "Is a dir")])
+def test_two_processes_end_together_if_the_first_cannot_write(name, reason, settings, tmp_path):
+    """The first save, and what comes after it. Only the first process writes, and fails."""
+    folder = tmp_path / "out"
+    if name:
+        (folder / name).mkdir(parents=True)
+    else:
+        folder.write_text("a file")
+    begin = time.monotonic()
+    outputs = run_pair(*command_and_environments(settings, folder), code=2)
+    # Not by giving up on a heartbeat, which takes 100 s.
+    assert time.monotonic() - begin < 80
+    for output, end in zip(outputs, ("", " (another process)"), strict=True):
+        errors = [line for line in output.splitlines() if "error:" in line]
+        assert len(errors) == 1 and "Traceback" not in output
+        assert f"cannot write to {'' if name else '--out '}{folder}: {reason}" in errors[0]
+        assert end in errors[0]
 
 
 @pytest.mark.parametrize(

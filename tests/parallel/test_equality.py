@@ -157,40 +157,76 @@ def test_one_token_and_none(kind, batch):
     assert_trees_close(actual, eqx.filter_jit(block)(hidden_states, input_ids))
 
 
-def test_bfloat16():
-    parallel = bx.ExpertParallel(make_mesh())
-    block = make_block(dtype=jnp.bfloat16)
-    tokens = make_tokens(4, 5, dtype=jnp.bfloat16)
-    call = eqx.filter_jit(eqx.filter_value_and_grad(loss_of, has_aux=True))
-    actual, desired = call(parallel.shard(block), *tokens), call(block, *tokens)
+evaluate = eqx.filter_jit(eqx.filter_value_and_grad(loss_of, has_aux=True))
+
+
+@functools.cache
+def bfloat16_on_one_device():
+    return evaluate(make_block(dtype=jnp.bfloat16), *make_tokens(4, 5, dtype=jnp.bfloat16))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bfloat16(strategy):
+    parallel = bx.ExpertParallel(make_mesh(), strategy=strategy)
+    model = parallel.shard(make_block(dtype=jnp.bfloat16))
+    actual = evaluate(model, *make_tokens(4, 5, dtype=jnp.bfloat16))
+    desired = bfloat16_on_one_device()
     # The sums over experts are float32 on any number of devices; the gradients of the weights are
     # rounded to bfloat16 before they are summed over devices: two roundings of 2**-9 each.
     assert_trees_close(actual[0], desired[0])
     assert_trees_close(actual[1], desired[1], tolerance=2**-7)
 
 
-def test_layers_by_scan_with_checkpoint():
-    parallel = bx.ExpertParallel(make_mesh())
+@eqx.filter_jit
+@eqx.filter_value_and_grad(has_aux=True)
+def scanned(layers, hidden_states, target):
+    """Stacked layers in a `jax.lax.scan`, each recomputed in the backward pass."""
+    arrays, static = eqx.partition(layers, eqx.is_array)
+
+    @eqx.filter_checkpoint
+    def body(hidden_states, layer):
+        output, routing = eqx.combine(layer, static)(hidden_states)
+        return hidden_states + output, bx.expert_load(routing)
+
+    output, loads = jax.lax.scan(body, hidden_states, arrays)
+    return jnp.mean(jnp.square(output - target)), loads
+
+
+@functools.cache
+def stacked_layers():
     make = lambda key: bx.RoutedMoE(  # noqa: E731
         bx.TopKRouter(HIDDEN, 8, 3, key=key),
         bx.SwiGLUExperts(8, HIDDEN, 6, key=key),
     )
     layers = eqx.filter_vmap(make)(jax.random.split(jax.random.key(5), 3))
-    sharded = parallel.shard(layers)
-    assert sharded.experts.down.sharding.spec[:2] == (None, "expert")
     hidden_states, _, target = make_tokens(4, 5)
+    return layers, (hidden_states, target), scanned(layers, hidden_states, target)
 
-    @eqx.filter_jit
-    @eqx.filter_value_and_grad(has_aux=True)
-    def run(layers):
-        arrays, static = eqx.partition(layers, eqx.is_array)
 
-        @eqx.filter_checkpoint
-        def body(hidden_states, layer):
-            output, routing = eqx.combine(layer, static)(hidden_states)
-            return hidden_states + output, bx.expert_load(routing)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_layers_by_scan_with_checkpoint(strategy):
+    layers, tokens, desired = stacked_layers()
+    sharded = bx.ExpertParallel(make_mesh(), strategy=strategy).shard(layers)
+    assert sharded.experts.down.sharding.spec[:2] == (None, "expert")
+    assert_trees_close(scanned(sharded, *tokens), desired)
 
-        output, loads = jax.lax.scan(body, hidden_states, arrays)
-        return jnp.mean(jnp.square(output - target)), loads
 
-    assert_trees_close(run(sharded), run(layers))
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_loaded_is_placed_again(kind, tmp_path):
+    """README, "Past one device": a file knows no devices."""
+    hidden_states, input_ids, _ = make_tokens(4, 5)
+    parallel = bx.ExpertParallel(make_mesh(kind))
+    sharded = place(parallel, parallel.shard(make_block(seed=1)))
+    eqx.tree_serialise_leaves(tmp_path / "one", make_block())
+    loaded = eqx.tree_deserialise_leaves(tmp_path / "one", sharded)
+    arrays = [leaf for leaf in jax.tree.leaves(loaded) if eqx.is_array(leaf)]
+    assert all(len(leaf.devices()) == 1 for leaf in arrays)
+    placed = place(parallel, loaded)
+    for leaf, like in zip(*map(jax.tree.leaves, (placed, sharded)), strict=True):
+        assert leaf.sharding == like.sharding
+    actual = eqx.filter_jit(placed)(*spread(parallel, hidden_states, input_ids))
+    assert_trees_close(actual, forward_on_one_device())
+    # And the other way.
+    eqx.tree_serialise_leaves(tmp_path / "many", placed)
+    loaded = eqx.tree_deserialise_leaves(tmp_path / "many", make_block(seed=1))
+    assert_trees_close(loaded, make_block(), tolerance=0)

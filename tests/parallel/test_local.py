@@ -55,11 +55,12 @@ def test_one_call_for_each_chunk_of_own_rows(own, sizes):
     np.testing.assert_array_equal(output[:, 0], (np.asarray(assignment(own)) < LOCAL).sum(1))
 
 
-@functools.partial(jax.jit, static_argnames="chunk")
+@functools.partial(jax.jit, static_argnames=("chunk", "backend"))
 @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
-def chunked(experts, tokens, weights, indices, target, *, chunk):
+def chunked(experts, tokens, weights, indices, target, *, chunk, backend="blocks"):
+    matmul = find_backend(backend).grouped_matmul
     output = local_experts(
-        experts, MATMUL, tokens, indices, weights, num_experts=LOCAL, chunk=chunk
+        experts, matmul, tokens, indices, weights, num_experts=LOCAL, chunk=chunk
     )
     return jnp.sum(output * target), output
 
@@ -76,14 +77,77 @@ def one_by_one(experts, tokens, weights, indices, target):
     return jnp.sum(output * target), output
 
 
-@pytest.mark.parametrize("own, chunk", [(0, 7), (25, 7), (40, 7), (40, 40)])
-def test_chunks_do_not_change_the_answer(own, chunk):
+def arguments_for(own, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(3), 4)
-    experts = bx.SwiGLUExperts(LOCAL, HIDDEN, 6, limit=0.4, key=keys[0])
-    tokens = jax.random.normal(keys[1], (TOKENS, HIDDEN))
+    experts = bx.SwiGLUExperts(LOCAL, HIDDEN, 6, limit=0.4, dtype=dtype, key=keys[0])
+    tokens = jax.random.normal(keys[1], (TOKENS, HIDDEN), dtype)
     weights = jax.random.uniform(keys[2], (TOKENS, SLOTS))
     target = jax.random.normal(keys[3], (TOKENS, HIDDEN))
-    arguments = (experts, tokens, weights, assignment(own), target)
+    return experts, tokens, weights, assignment(own), target
+
+
+@pytest.mark.parametrize("own, chunk", [(0, 7), (25, 7), (40, 7), (40, 40)])
+def test_chunks_do_not_change_the_answer(own, chunk):
+    arguments = arguments_for(own)
     actual, desired = chunked(*arguments, chunk=chunk), one_by_one(*arguments)
     assert_trees_close(actual[0][1], desired[0][1])
     assert_trees_close(actual[1], desired[1])
+
+
+@pytest.mark.parametrize("backend", ["blocks", "ragged"])
+def test_bfloat16_gradients_are_rounded_once_whatever_the_chunks(backend):
+    arguments = arguments_for(40, jnp.bfloat16)
+    (_, (actual, _, _)), (_, (whole, _, _)) = (
+        chunked(*arguments, chunk=chunk, backend=backend) for chunk in (5, 40)
+    )
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), arguments[:2])
+    _, (desired, _, _) = one_by_one(*wide, *arguments[2:])
+    for one, other, exact in zip(*map(jax.tree.leaves, (actual, whole, desired)), strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        # Sums of float32 in another order, then one rounding: the same number or its neighbour.
+        np.testing.assert_allclose(one, other, rtol=2**-7, atol=1e-6)
+        # The cotangent between the products is rounded to bfloat16 as well: a few 2**-9.
+        scale = np.abs(exact).max()
+        np.testing.assert_allclose(one, exact, rtol=0, atol=2**-7 * scale)
+
+
+class Tied(eqx.Module):
+    """A weight that goes into two products, and one that goes into none as it is."""
+
+    tied: jax.Array
+    scaled: jax.Array
+
+    def __call__(self, rows, group_sizes, grouped_matmul):
+        inner = grouped_matmul(rows, self.tied, group_sizes, True)
+        outer = grouped_matmul(jnp.sin(inner), self.tied, group_sizes, False)
+        return outer + grouped_matmul(rows, 2 * self.scaled, group_sizes, True)
+
+
+def test_gradients_of_weights_that_are_shared_or_changed_first():
+    keys = jax.random.split(jax.random.key(4), 2)
+    weights = [jax.random.normal(key, (LOCAL, HIDDEN, HIDDEN)) / 4 for key in keys]
+    experts, (_, tokens, scales, indices, target) = Tied(*weights), arguments_for(25)
+
+    def loss(experts):
+        """Every expert on every token, by einsum."""
+        inner = jnp.sin(jnp.einsum("th,eih->tei", tokens, experts.tied))
+        every = jnp.einsum("tei,eih->teh", inner, experts.tied)
+        every += 2 * jnp.einsum("th,eih->tei", tokens, experts.scaled)
+        chosen = (indices[..., None] == jnp.arange(LOCAL)[None, None]) * scales[..., None]
+        return jnp.sum(jnp.einsum("te,teh->th", chosen.sum(axis=1), every) * target)
+
+    _, (actual, _, _) = chunked(experts, tokens, scales, indices, target, chunk=7)
+    assert_trees_close(actual, jax.grad(loss)(experts))
+
+
+def test_the_backward_pass_holds_no_second_stack_of_gradients():
+    _, _, scales, indices, _ = arguments_for(25)
+    experts = bx.SwiGLUExperts(LOCAL, 128, 512, key=jax.random.key(5))
+    tokens = jnp.ones((TOKENS, 128))
+    compiled = chunked.lower(experts, tokens, scales, indices, tokens, chunk=7).compile()
+    stack = sum(leaf.nbytes for leaf in jax.tree.leaves(experts))
+    memory = compiled.memory_analysis()
+    assert memory.output_size_in_bytes > stack
+    # One expert's weights and products, of three, and one chunk's rows; a stack that each chunk
+    # fills and adds would be all three experts' more.
+    assert memory.temp_size_in_bytes < stack

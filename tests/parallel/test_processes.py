@@ -21,8 +21,8 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def run_pair(commands, environments=({}, {})):
-    """Start both, wait, and end them by SIGKILL: JAX catches SIGTERM."""
+def run_pair(commands, environments=({}, {}), code=0):
+    """Start both, wait for the exit code, and end them by SIGKILL: JAX catches SIGTERM."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     pair = [
         subprocess.Popen(command, env={**os.environ, **environment}, **streams)
@@ -33,7 +33,7 @@ def run_pair(commands, environments=({}, {})):
     finally:
         for process in pair:
             process.kill()
-    assert [process.returncode for process in pair] == [0, 0], "\n".join(outputs)
+    assert [process.returncode for process in pair] == [code, code], "\n".join(outputs)
     return outputs
 
 

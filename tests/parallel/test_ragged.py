@@ -1,12 +1,25 @@
 """The ragged exchange: rows that the transport does not write are never used."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from meshes import assert_trees_close, loss_of, make_block, make_mesh, make_tokens
+import numpy as np
+import pytest
+from meshes import (
+    EXPERTS,
+    HIDDEN,
+    SLOTS,
+    assert_trees_close,
+    loss_of,
+    make_block,
+    make_mesh,
+    make_tokens,
+)
 
 import braidax as bx
-from braidax._parallel import ragged
+from braidax._parallel import ragged, traffic
 
 CLEAN = ragged.emulated
 
@@ -71,3 +84,66 @@ def test_accelerators_get_the_native_operation():
     assert count["cpu"] == 0
     # Tokens, ids and weights out and sums back, and more in the transpose.
     assert count["cuda"] == count["tpu"] > 4
+
+
+def test_the_planner_knows_the_native_buffers():
+    size, tokens = 4, 6
+    parallel = bx.ExpertParallel(make_mesh("auto", (1, size)), strategy="ragged")
+    block = parallel.shard(make_block(backend="ragged", dtype=jnp.bfloat16)).routed
+    hidden_states, _, _ = make_tokens(size * tokens, dtype=jnp.bfloat16)
+    traced = jax.jit(lambda hidden_states: block(hidden_states)[0]).trace(hidden_states)
+    for platform in ("cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        calls = re.findall(r"@ragged_all_to_all\(.*?: \((.*?)\) -> ", text)
+        buffers = [
+            [(int(rows), int(width), item) for rows, width, item in found]
+            for found in (re.findall(r"tensor<(\d+)x(\d+)x(\w+)>", call)[:2] for call in calls)
+        ]
+        sizes = traffic.Sizes(HIDDEN, 6, EXPERTS, SLOTS, tokens, 2)
+        sent, received = traffic.rows_held("ragged", sizes, size, None)
+        assert (sent, received) == (tokens * SLOTS, tokens * size)
+        there = {(HIDDEN, "bf16"), (SLOTS, "i32"), (SLOTS, "f32")}
+        desired = {((sent, *row), (received, *row)) for row in there}
+        desired.add(((received, HIDDEN, "f32"), (sent, HIDDEN, "f32")))
+        assert {tuple(pair) for pair in buffers} == desired and len(buffers) == 4
+        # Bytes of one row there and back, as the planner counts them.
+        width = sum(row[1] * {"bf16": 2, "i32": 4, "f32": 4}[row[2]] for row, _ in buffers)
+        rows = traffic.rows_sent("ragged", sizes, size, None)
+        assert traffic.bytes_forward("ragged", sizes, size, None) == pytest.approx(rows * width)
+
+
+def test_the_planner_knows_the_rows_that_move(monkeypatch):
+    """The send sizes of every exchange, and their mean for experts drawn evenly."""
+    size, tokens, sent = 4, 256, []
+
+    def counted(operand, output, starts, sizes, *rest, axis_name):
+        jax.debug.callback(
+            lambda me, sizes, width: sent.append((int(me), sizes.tolist(), width)),
+            *(jax.lax.axis_index(axis_name), sizes),
+            width=operand.shape[1],
+        )
+        return CLEAN(operand, output, starts, sizes, *rest, axis_name=axis_name)
+
+    monkeypatch.setattr(ragged, "emulated", counted)
+    parallel = bx.ExpertParallel(make_mesh("auto", (1, size)), strategy="ragged")
+    generator = np.random.default_rng(0)
+    drawn = np.stack([generator.permutation(EXPERTS)[:SLOTS] for _ in range(size * tokens)])
+    block = make_block().routed
+    zeros = jnp.zeros((size * tokens, EXPERTS))
+    routing = bx.Routing(
+        jnp.asarray(drawn, jnp.int32),
+        jnp.ones(drawn.shape),
+        *(zeros, zeros, None, jnp.zeros((), jnp.int32)),
+    )
+    eqx.filter_jit(parallel.shard(block))(make_tokens(size * tokens)[0], routing=routing)
+    jax.effects_barrier()
+    # By hand: the distinct devices of each token, two experts on each.
+    hit = np.zeros((size * tokens, size), int)
+    np.put_along_axis(hit, drawn // 2, 1, axis=1)
+    table = hit.reshape(size, tokens, size).sum(1)
+    there = [entry for entry in sent if entry[1] == table[entry[0]].tolist()]
+    back = [entry for entry in sent if entry[1] == table[:, entry[0]].tolist()]
+    assert len(sent) == 4 * size and len(there) == 3 * size and len(back) == size
+    moved = (table.sum() - np.trace(table)) / (size * tokens)
+    sizes = traffic.Sizes(HIDDEN, 6, EXPERTS, SLOTS, tokens, 4)
+    assert traffic.rows_sent("ragged", sizes, size, None) == pytest.approx(moved, rel=0.02)

@@ -89,6 +89,7 @@ def _backward(
     before: Float[Array, "rows up"],
     cotangent: Float[Array, "rows hidden"],
     activation: Activation,
+    sums: tuple[Array, Array] | None = None,
 ):
     num_rows = rows.shape[0]
     dtype = accumulation_dtype(rows, up, down)
@@ -96,7 +97,10 @@ def _backward(
     # A block's cotangent is replaced by what comes of it, in place.
     owned = (jnp.arange(num_rows) < group_sizes.sum())[:, None]
     outputs = (jnp.where(owned, cotangent, 0).astype(dtype),)
-    outputs += tuple(jax.lax.full_like(rows, 0, dtype, stack.shape) for stack in (up, down))
+    if sums is None:
+        outputs += tuple(jax.lax.full_like(rows, 0, dtype, stack.shape) for stack in (up, down))
+    else:
+        outputs += tuple(total.astype(dtype) for total in sums)
     if num_rows == 0:
         return outputs
     sizes = block_sizes(num_rows, up.shape[0])
@@ -130,7 +134,9 @@ def _backward(
         written = [_write(outputs[0], back, first_row, live)]
         for output, product in zip(outputs[1:], products, strict=True):
             previous = jax.lax.dynamic_index_in_dim(output, group, keepdims=False)
-            product = jnp.where(blocks.first[i], product, previous + product)
+            # A first block replaces the zeros, unless it adds to what was there before.
+            replaces = blocks.first[i] if sums is None else False
+            product = jnp.where(replaces, product, previous + product)
             written.append(jax.lax.dynamic_update_index_in_dim(output, product, group, 0))
         return tuple(written)
 

@@ -26,8 +26,8 @@ class FeedForwardKernels(NamedTuple):
 
     - `forward(rows, up, down, group_sizes, activation)` gives the output.
     - `saving`, called alike, gives the output and the pre-activations.
-    - `backward(rows, up, down, group_sizes, before, cotangent, activation)` gives the cotangents
-      of rows, up and down, in float32 or wider.
+    - `backward(rows, up, down, group_sizes, before, cotangent, activation, sums=None)` gives the
+      cotangents of rows, up and down, in float32 or wider, the last two added to `sums`.
     """
 
     forward: Callable[..., Array]

@@ -22,15 +22,18 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
+from .accumulate import Accumulating, accumulating
 from .feed_forward import FeedForwardKernels, composed, fused
 
 
 class GroupedMatmul(NamedTuple):
     """What experts are handed to multiply with: a product, or a whole feed-forward network
-    `feed_forward(rows, up, down, group_sizes, activation)`, which a backend may have fused."""
+    `feed_forward(rows, up, down, group_sizes, activation)`, which a backend may have fused.
+    `into` is both with running sums of gradients, for backends that take any subset of rows."""
 
     multiply: Callable[[Array, Array, Array, bool], Array]
     feed_forward: Callable[..., Array]
+    into: Accumulating | None = None
 
     def __call__(
         self,
@@ -101,9 +104,10 @@ def grouped_matmul(
 
     multiply.defvjp(multiply_forward, multiply_backward)
     outer.defvjp(outer_forward, outer_backward)
+    into = accumulating(multiply, outer, feed_forward_kernels)
     if feed_forward_kernels is None:
-        return GroupedMatmul(multiply, composed(multiply))
-    return GroupedMatmul(multiply, fused(multiply, outer, feed_forward_kernels))
+        return GroupedMatmul(multiply, composed(multiply), into)
+    return GroupedMatmul(multiply, fused(multiply, outer, feed_forward_kernels), into)
 
 
 def _call_multiply(kernels: Kernels, transposed: bool, rows, weight, group_sizes):

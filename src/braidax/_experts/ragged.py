@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .accumulate import Accumulating, composed_into
 from .feed_forward import composed
 from .grouped_matmul import GroupedMatmul, Kernels, accumulation_dtype, grouped_matmul
 
@@ -53,6 +54,8 @@ def by_ragged_dot(ragged_dot_general: Callable[..., Array]) -> GroupedMatmul:
         return jnp.where((group_sizes > 0)[:, None, None], product, 0)
 
     wide = grouped_matmul(Kernels(jax.jit(multiply, static_argnums=3), jax.jit(outer)))
+    assert wide.into is not None  # For the type checker: only the dense product has none.
+    wide_into = wide.into.multiply
 
     def narrow(
         rows: Float[Array, "rows size_in"],
@@ -64,11 +67,18 @@ def by_ragged_dot(ragged_dot_general: Callable[..., Array]) -> GroupedMatmul:
         """Rows wider than the weights are rounded to their dtype first: accelerators multiply
         numbers of one width, and to widen the whole stack of weights would cost more than the
         product."""
-        if jnp.finfo(weight.dtype).bits < jnp.finfo(rows.dtype).bits:
-            rows = rows.astype(weight.dtype)
-        return wide(rows, weight, group_sizes, transposed)
+        return wide(_narrow(rows, weight), weight, group_sizes, transposed)
 
-    return GroupedMatmul(narrow, composed(narrow))
+    def narrow_into(rows, weight, group_sizes, sums, transposed):
+        return wide_into(_narrow(rows, weight), weight, group_sizes, sums, transposed)
+
+    into = Accumulating(narrow_into, composed_into(narrow_into))
+    return GroupedMatmul(narrow, composed(narrow), into)
+
+
+def _narrow(rows: Array, weight: Array) -> Array:
+    narrower = jnp.finfo(weight.dtype).bits < jnp.finfo(rows.dtype).bits
+    return rows.astype(weight.dtype) if narrower else rows
 
 
 ragged_matmul = by_ragged_dot(jax.lax.ragged_dot_general)

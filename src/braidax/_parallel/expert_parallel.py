@@ -28,8 +28,9 @@ class ExpertParallel:
 
     - `mesh`: a `jax.sharding.Mesh` whose axes named here are all Auto or all Explicit.
     - `axis`: the mesh axis that experts are spread over.
-    - `tokens`: the mesh axes that tokens are spread over, in order; `axis` is one of them. On axes
-      of the mesh not named here, experts are replicated and the work is repeated.
+    - `tokens`: the mesh axes that tokens are spread over, in order; `axis` is one of them. Over
+      axes of the mesh not named here weights keep their layout; they are gathered over those when
+      they are used, and the work is repeated. On an Auto mesh a `shard_map` may have taken those.
     - `strategy`: how tokens and experts meet.
         - `"gather"`: all-gather, then reduce-scatter. Dropless; the traffic of a token grows with
           the number of devices.
@@ -84,7 +85,8 @@ class ExpertParallel:
             raise ValueError(
                 f"`mesh` must hold the axes {self.tokens}. Got {dict(self.mesh.shape)}."
             )
-        types = self._axis_types()
+        types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        types = {types[name] for name in self.tokens}
         if types not in ({AxisType.Auto}, {AxisType.Explicit}):
             raise ValueError(
                 f"`mesh` must have the axes {self.tokens} all Auto or all Explicit. "
@@ -101,15 +103,6 @@ class ExpertParallel:
                     f"Got {self.capacity!r} for {self.strategy!r}."
                 )
             object.__setattr__(self, "capacity", positive_number("capacity", self.capacity))
-
-    def _axis_types(self) -> set[AxisType]:
-        types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
-        return {types[name] for name in self.tokens}
-
-    @property
-    def explicit(self) -> bool:
-        """Whether the mesh axes used here are Explicit: nothing is resharded unless asked."""
-        return self._axis_types() == {AxisType.Explicit}
 
     @property
     def size(self) -> int:

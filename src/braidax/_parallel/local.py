@@ -6,7 +6,6 @@ and memory is that of one chunk whatever the skew. Nothing is kept for the backw
 inputs; each chunk is recomputed there.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -61,12 +60,13 @@ def _chunked(static: PyTree, grouped_matmul: GroupedMatmul, chunk: int):
 
     @jax.custom_vjp
     def run(tokens, weights, trained, arrays, own):
-        compute = partial(_compute, static, grouped_matmul, arrays)
         output = jnp.zeros_like(tokens, accumulation_dtype(tokens))
 
         def step(i, output):
             assignment, token, sizes = _at(own, i, chunk, weights.size, tokens.shape[0])
-            rows = compute(sizes, _take(tokens, token), _take(weights, assignment), trained)
+            rows, scales = _take(tokens, token), _take(weights, assignment)
+            experts = eqx.combine(trained, arrays, static)
+            rows = _weighted(experts(rows, sizes, grouped_matmul), scales)
             return output.at[token].add(rows.astype(output.dtype), mode="drop")
 
         return jax.lax.fori_loop(0, _num_chunks(own, chunk), step, output)
@@ -76,26 +76,37 @@ def _chunked(static: PyTree, grouped_matmul: GroupedMatmul, chunk: int):
 
     def backward(arguments, cotangent):
         tokens, weights, trained, arrays, own = arguments
-        compute = partial(_compute, static, grouped_matmul, arrays)
 
         def wide(array):
             return jnp.zeros_like(array, accumulation_dtype(array))
 
-        differentiated = (tokens, weights, trained)
-
         def step(i, sums):
             d_tokens, d_weights, d_trained = sums
             assignment, token, sizes = _at(own, i, chunk, weights.size, tokens.shape[0])
-            rows, transpose = jax.vjp(
-                partial(compute, sizes), _take(tokens, token), _take(weights, assignment), trained
-            )
-            d_rows, d_chunk, d_new = transpose(_take(cotangent, token).astype(rows.dtype))
+            unused: list[bool] = []
+
+            def compute(rows, scales, trained, sums):
+                summing, left = _summing(grouped_matmul, trained, sums)
+                rows = eqx.combine(trained, arrays, static)(rows, sizes, summing)
+                unused.extend(id(leaf) in left for leaf in jax.tree.leaves(trained))
+                return _weighted(rows, scales)
+
+            operands = (_take(tokens, token), _take(weights, assignment), trained, d_trained)
+            rows, transpose = jax.vjp(compute, *operands)
+            pulled = transpose(_take(cotangent, token).astype(rows.dtype))
+            d_rows, d_scales, d_new, summed = pulled
+            leaves, tree = jax.tree.flatten(summed)
+            before = jax.tree.leaves(d_trained)
+            chosen = zip(unused, before, leaves, strict=True)
+            summed = tree.unflatten([old if alone else new for alone, old, new in chosen])
             return (
                 d_tokens.at[token].add(d_rows.astype(d_tokens.dtype), mode="drop"),
-                d_weights.at[assignment].set(d_chunk.astype(d_weights.dtype), mode="drop"),
-                jax.tree.map(jnp.add, d_trained, d_new),
+                d_weights.at[assignment].set(d_scales.astype(d_weights.dtype), mode="drop"),
+                # Zeros, but for weights that did not go into a product as they are.
+                jax.tree.map(jnp.add, summed, d_new),
             )
 
+        differentiated = (tokens, weights, trained)
         sums = jax.lax.fori_loop(
             0, _num_chunks(own, chunk), step, jax.tree.map(wide, differentiated)
         )
@@ -106,10 +117,35 @@ def _chunked(static: PyTree, grouped_matmul: GroupedMatmul, chunk: int):
     return run
 
 
-def _compute(static, grouped_matmul, arrays, sizes, rows, weights, trained):
-    """One chunk: the experts' outputs times the weights; rows past the sizes are 0."""
-    outputs = eqx.combine(trained, arrays, static)(rows, sizes, grouped_matmul)
-    return outputs * weights[:, None].astype(outputs.dtype)
+def _summing(
+    grouped_matmul: GroupedMatmul, trained: PyTree, sums: PyTree
+) -> tuple[GroupedMatmul, dict]:
+    """`grouped_matmul` that adds the gradients of `trained` to their running `sums`, each where
+    that weight is first used; and the sums by the identity of their weight, less those used."""
+    left = dict(zip(map(id, jax.tree.leaves(trained)), jax.tree.leaves(sums), strict=True))
+
+    into = grouped_matmul.into
+    if into is None:
+        return grouped_matmul, left
+
+    def multiply(rows, weight, group_sizes, transposed):
+        if id(weight) not in left:
+            return grouped_matmul.multiply(rows, weight, group_sizes, transposed)
+        total = left.pop(id(weight))
+        return into.multiply(rows, weight, group_sizes, total, transposed)
+
+    def feed_forward(rows, up, down, group_sizes, activation):
+        if up is down or not {id(up), id(down)} <= left.keys():
+            return grouped_matmul.feed_forward(rows, up, down, group_sizes, activation)
+        totals = (left.pop(id(up)), left.pop(id(down)))
+        return into.feed_forward(rows, up, down, group_sizes, totals, activation)
+
+    return GroupedMatmul(multiply, feed_forward), left
+
+
+def _weighted(rows: Array, weights: Array) -> Array:
+    """The experts' outputs times the weights; rows past the sizes are 0."""
+    return rows * weights[:, None].astype(rows.dtype)
 
 
 def _num_chunks(own: _Own, chunk: int) -> Int[Array, ""]:

@@ -1,6 +1,7 @@
 """Where the arrays of a model live on the mesh."""
 
 import dataclasses
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -39,22 +40,43 @@ def _stacked_axes(block: RoutedMoE) -> tuple[int, int] | None:
 
 
 def _block_shardings(parallel: "ExpertParallel", block: RoutedMoE) -> PyTree:
-    everywhere = NamedSharding(parallel.mesh, PartitionSpec())
     found = _stacked_axes(block)
+
+    def router_sharding(leaf: Any) -> Any:
+        return _sharding(parallel, leaf, None) if _is_array(leaf) else None
 
     def expert_sharding(leaf: Any) -> Any:
         if not _is_array(leaf):
             return None
         if found is None:
-            return everywhere
+            return _sharding(parallel, leaf, None)
         axis, num_experts = found
-        if num_experts % parallel.size or leaf.shape[axis : axis + 1] != (num_experts,):
-            return everywhere
-        return NamedSharding(parallel.mesh, PartitionSpec(*[None] * axis, parallel.axis))
+        divides = not num_experts % parallel.size and leaf.ndim > axis
+        stacked = divides and leaf.shape[axis] == num_experts
+        return _sharding(parallel, leaf, axis if stacked else None)
 
-    placed = jax.tree.map(lambda leaf: everywhere if _is_array(leaf) else None, block)
+    placed = jax.tree.map(router_sharding, block)
     experts = jax.tree.map(expert_sharding, block.experts)
     return eqx.tree_at(lambda b: b.experts, placed, experts, is_leaf=lambda leaf: leaf is None)
+
+
+def _sharding(parallel: "ExpertParallel", leaf: Any, expert_axis: int | None) -> NamedSharding:
+    """Experts over `parallel.axis`; over mesh axes that `parallel` does not name, as `leaf` is."""
+    mesh, sharding = parallel.mesh, getattr(leaf, "sharding", None)
+    spec: list[tuple[str, ...]] = [()] * leaf.ndim
+    if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
+        for axis, names in enumerate(sharding.spec):
+            names = (names,) if isinstance(names, str) else names or ()
+            spec[axis] = tuple(name for name in names if name not in parallel.tokens)
+    if expert_axis is not None:
+        names = (parallel.axis, *spec[expert_axis])
+        parts = math.prod(mesh.shape[name] for name in names)
+        divides = not leaf.shape[expert_axis] % parts
+        spec[expert_axis] = names if divides else (parallel.axis,)
+    while spec and not spec[-1]:
+        spec.pop()
+    entries = (names[0] if len(names) == 1 else names or None for names in spec)
+    return NamedSharding(mesh, PartitionSpec(*entries))
 
 
 def shardings(parallel: "ExpertParallel", model: PyTree) -> PyTree:

@@ -58,9 +58,8 @@ def _where(live: Array, rows: Array, fill: int) -> Array:
 
 def _exchange(shard: Shard, rows: Array, num_rows: int, offsets: tuple[Array, ...]) -> Array:
     """`num_rows` rows, of which those that the offsets name are written."""
-    buffer = jnp.zeros((num_rows, *rows.shape[1:]), rows.dtype)
-    # The result takes its type from the buffer: without this it would pass for replicated.
-    buffer = jax.lax.pcast(buffer, shard.tokens, to="varying")
+    # Like the rows: the result takes its type from the buffer, and would pass for replicated.
+    buffer = jax.lax.full_like(rows, 0, shape=(num_rows, *rows.shape[1:]))
     return jax.lax.platform_dependent(
         *(rows, buffer, *offsets),
         cpu=partial(emulated, axis_name=shard.axis),

@@ -18,6 +18,7 @@ from .._checks import last_axis
 from .._moe import RoutedMoE
 from .._router.base import check_mask
 from .._routing import Routing, zero_masked
+from .context import context_of
 from .exchange import Shard
 from .local import local_experts
 from .tokens import layout_of
@@ -90,28 +91,33 @@ def _on_shards(parallel: "ExpertParallel", block: RoutedMoE, tokens: _Tokens, ke
     router, router_static = eqx.partition(block.router, eqx.is_array)
     experts, experts_static = eqx.partition(block.experts, eqx.is_array)
     experts = _padded(experts, -block.router.weight.shape[0] % parallel.size)
-    if parallel.explicit:
-        mesh = parallel.mesh
-        router = jax.sharding.reshard(router, jax.NamedSharding(mesh, everywhere))
-        experts = jax.sharding.reshard(
-            experts, jax.NamedSharding(mesh, PartitionSpec(parallel.axis))
-        )
+    context = context_of(parallel)
+    router, experts = context.reshard(router), context.reshard(experts, parallel.axis)
 
     def one_shard(tokens, router, experts, key):
         # Weights are the same along these axes. Said here, so that the kernels' own derivatives
         # need not know; the transpose is the sum of the gradients.
         router = eqx.combine(_varying(router, parallel.tokens), router_static)
         experts = eqx.combine(_varying(experts, others), experts_static)
+        if context.taken:
+            router, experts = (_varying_like(tokens, tree) for tree in (router, experts))
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(parallel.tokens))
         return _one_shard(parallel, block.backend, router, experts, tokens, key)
 
+    if context.taken:
+        # What is kept for the backward pass leaves the inner shard_map with a sharding over axes
+        # of the outer one as well, which jax 0.10 does not lower: nothing is kept but the inputs.
+        mapped = jax.checkpoint(one_shard)
+    else:
+        mapped = one_shard
     in_specs = (spread, everywhere, PartitionSpec(parallel.axis), everywhere)
     return jax.shard_map(
-        one_shard,
-        mesh=parallel.mesh,
+        mapped,
+        mesh=context.mesh,
         in_specs=in_specs,
         out_specs=(spread, spread, everywhere),
+        axis_names=context.free,
     )(tokens, router, experts, key)
 
 
@@ -172,3 +178,14 @@ def _varying(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
     if not axes:
         return tree
     return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying"), tree)
+
+
+def _varying_like(tokens: _Tokens, tree: PyTree) -> PyTree:
+    """`tree` also varies over the axes of a surrounding `shard_map` that tokens vary over, whether
+    it did before or not: `pcast` would have to know."""
+
+    def vary(leaf):
+        return leaf + jax.lax.full_like(tokens.hidden_states, 0, leaf.dtype, ())
+
+    numbers, rest = eqx.partition(tree, lambda leaf: eqx.is_array(leaf) and leaf.dtype != bool)
+    return eqx.combine(jax.tree.map(vary, numbers), rest)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool
+
+from .context import context_of
 
 if TYPE_CHECKING:
     from .expert_parallel import ExpertParallel
@@ -68,17 +69,17 @@ class Layout(NamedTuple):
         return self._placed(unflatten if not self.direct else lambda a: a, array, self.names)
 
     def _placed(self, function: Callable[[Array], Array], array: Array, names: tuple) -> Array:
-        if not self.parallel.explicit:
+        context = context_of(self.parallel)
+        if not context.explicit:
             return function(array)
         # Here the compiler reshards, as it does everywhere on an Auto mesh.
-        sharding = NamedSharding(self.parallel.mesh, PartitionSpec(*names))
-        return jax.sharding.auto_axes(function, out_sharding=sharding)(array)
+        return jax.sharding.auto_axes(function, out_sharding=context.sharding(*names))(array)
 
 
 def layout_of(parallel: "ExpertParallel", hidden_states: Array) -> Layout:
     """The layout of hidden states `(*batch, hidden)`, and where an Explicit mesh has them."""
     batch = hidden_states.shape[:-1]
     sharding = jax.typeof(hidden_states).sharding
-    on_mesh = parallel.explicit and not sharding.mesh.empty
+    on_mesh = bool(context_of(parallel).explicit) and not sharding.mesh.empty
     names = tuple(sharding.spec)[: len(batch)] if on_mesh else ()
     return Layout(parallel, batch, (*names, *[None] * (len(batch) - len(names))))

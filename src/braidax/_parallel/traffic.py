@@ -1,5 +1,5 @@
-"""What each strategy moves and holds: arithmetic on sizes. Its traffic is checked against compiled
-programs, for `gather` and `all_to_all`; what it holds is not.
+"""What each strategy moves and holds: arithmetic on sizes, checked against compiled programs; for
+`ragged` against the rows that its emulation moves and what is lowered for accelerators.
 
 `size` is the number of devices on the expert axis. Bytes are those that one device sends in the
 forward pass, for each of its own tokens. Outputs return as float32 sums, whatever the dtype of the
@@ -62,20 +62,24 @@ def weight_bytes(sizes: Sizes, size: int) -> int:
     return sizes.experts // size * 3 * sizes.hidden * sizes.intermediate * sizes.item
 
 
+def rows_held(strategy: str, sizes: Sizes, size: int, capacity: float | None) -> tuple[int, int]:
+    """Rows of the buffers that a device sends from and receives into."""
+    if strategy == "gather":
+        return sizes.tokens, size * sizes.tokens
+    if strategy == "ragged":
+        return sizes.tokens * min(size, sizes.experts_per_token), size * sizes.tokens
+    rows = size * slots(sizes.tokens, sizes.experts_per_token, size, capacity)
+    return rows, rows
+
+
 def working_bytes(
     strategy: str, sizes: Sizes, size: int, capacity: float | None, chunk: float
 ) -> int:
     """The largest buffers of the forward pass: tokens and sums on both sides of the exchange, and
-    one chunk of assignments in the experts."""
-    received = size * sizes.tokens
-    if strategy == "all_to_all":
-        received = size * slots(sizes.tokens, sizes.experts_per_token, size, capacity)
-    sent = {
-        "gather": sizes.tokens,
-        "all_to_all": received,
-        "ragged": sizes.tokens * min(size, sizes.experts_per_token),
-    }[strategy]
+    one chunk of assignments in the experts, its rows of intermediate width included: the backend
+    `blocks` does not hold those."""
     assignment = sizes.hidden * (sizes.item + _SUM)
     assignment += sizes.intermediate * (2 * _SUM + sizes.item)
     own = math.ceil(chunk * sizes.tokens * sizes.experts_per_token)
-    return (received + sent) * sizes.hidden * (sizes.item + _SUM) + own * assignment
+    rows = sum(rows_held(strategy, sizes, size, capacity))
+    return rows * sizes.hidden * (sizes.item + _SUM) + own * assignment

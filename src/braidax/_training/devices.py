@@ -6,6 +6,7 @@ one device and continue on many, or the other way.
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
 import tempfile
@@ -72,6 +73,23 @@ class Devices:
         return int(np.max(multihost_utils.process_allgather(np.int32(value or 0)))) or None
 
     @contextlib.contextmanager
+    def failing_together(self) -> Generator[None, None, None]:
+        """An `OSError` of one process becomes one of all: none waits for another that has ended.
+
+        Every process enters, and none waits for another inside after it may have failed.
+        """
+        failure = None
+        try:
+            yield
+        except OSError as error:
+            failure = error
+        number = self.agreed(None if failure is None else failure.errno or errno.EIO)
+        if failure is not None:
+            raise failure
+        if number is not None:
+            raise OSError(number, f"{os.strerror(number)} (another process)")
+
+    @contextlib.contextmanager
     def only_one_writes(self, folder: pathlib.Path) -> Generator[pathlib.Path, None, None]:
         """`folder` on the first process; the others are silent and write where it is lost."""
         if jax.process_index() == 0:
@@ -82,7 +100,11 @@ class Devices:
             open(os.devnull, "w") as silence,
             contextlib.redirect_stdout(silence),
         ):
-            yield pathlib.Path(lost)
+            try:
+                yield pathlib.Path(lost)
+            except UserError as error:
+                # About the folder that was asked for.
+                raise type(error)(str(error).replace(lost, str(folder))) from error
 
 
 def find_devices(settings: Settings, expert_parallel: int | None, distributed: bool) -> Devices:

@@ -53,8 +53,9 @@ def _start(folder: pathlib.Path, settings: Settings, corpus: Corpus, devices: De
         state = initial_state(settings, optimizer)
     # Saved before the first step too: a run killed while it compiles can be resumed.
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(folder, Header(settings, 0, corpus.sha256), state)
+        with devices.failing_together():
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.save(folder, Header(settings, 0, corpus.sha256), state)
     except OSError as error:
         raise CheckpointError(f"cannot write to --out {folder}: {error.strerror}") from error
     return _train(folder, settings, corpus, optimizer, devices, state, first_step=0)
@@ -98,23 +99,30 @@ def _train(
     print(corpus.describe(), flush=True)
     step, state = make_step(settings, optimizer), devices.place(state)
     try:
-        with Progress(settings, folder, first_step) as progress, StopRequest() as request:
+        with devices.failing_together():
+            progress = Progress(settings, folder, first_step)
+        with progress, StopRequest() as request:
             for done in range(first_step + 1, settings.steps + 1):
                 with memory_errors_named():
                     windows = devices.spread(_windows(corpus, settings, done))
                     state, metrics = step(windows, state)
                 if progress.is_due(done):
-                    progress.record(done, devices.on_host(metrics))
+                    metrics = devices.on_host(metrics)
+                    with devices.failing_together():
+                        progress.record(done, metrics)
                 stop = devices.agreed(request.signal_number)
                 if stop or done == settings.steps or done % settings.checkpoint_every == 0:
                     header = Header(settings, done, corpus.sha256)
-                    checkpoint.save(folder, header, devices.on_host(state))
+                    whole = devices.on_host(state)
+                    with devices.failing_together():
+                        checkpoint.save(folder, header, whole)
                     saved_step = done
                 if stop:
                     progress.say(f"stopped after step {done}; continue with: {_command(folder)}")
                     return 128 + stop
-        print(write_report(folder, settings, corpus, devices, state), flush=True)
-        print(draw_balance(folder, settings))
+        with devices.failing_together():
+            print(write_report(folder, settings, corpus, devices, state), flush=True)
+            print(draw_balance(folder, settings))
     except OSError as error:
         raise CheckpointError(
             f"cannot write to {folder}: {error.strerror}; its checkpoint of step {saved_step} is"
