@@ -139,6 +139,24 @@ def test_memory_of_the_default_backend():
     assert temporary + output <= 3 * (row + pre_activations) + weights
 
 
+@pytest.mark.parametrize("tokens", [4, 1024])
+def test_bfloat16_weights_are_widened_one_expert_at_a_time(tokens):
+    """XLA on a CPU would widen the whole stack to float32 before the loop: twice its own size.
+    With 4 tokens it is inference with few rows per expert, with 1024 the loop over blocks."""
+    hidden, intermediate, experts, slots = sizes = (256, 512, 64, 6)
+    parameters, forward, gradient = functions(top_k_block(sizes, backend="blocks"))
+    parameters = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parameters)
+    inputs = jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16)
+    stack = 2 * experts * 3 * hidden * intermediate
+    temporary, _ = temporary_and_output_bytes(forward, shapes_of(parameters), inputs)
+    assert temporary < stack / 2
+
+    # The gradients are added up in float32, as large as a widened stack: there is no second.
+    temporary, _ = temporary_and_output_bytes(gradient, shapes_of(parameters), inputs)
+    saved = 4 * tokens * slots * (hidden + 2 * intermediate)
+    assert temporary <= 2 * stack + saved
+
+
 def loss_of_stack(forward, stacked, hidden_states):
     """Residual layers in a scan, their parameters stacked."""
 

@@ -22,7 +22,7 @@ RANKS = (
     ("_config_file",),
     ("_routing", "_scoring", "_config", "hash_tables"),
     ("_mesh",),
-    ("_balance", "_experts", "_dispatch"),
+    ("_balance", "_balance_losses", "_experts", "_dispatch"),
     ("_router",),
     ("_backends", "_replay"),
     ("_moe",),

@@ -2,16 +2,16 @@
 
 # Hash tables: token -> experts
 from . import hash_tables as hash_tables
-
-# Balance
-from ._balance import batch_balance_loss as batch_balance_loss
 from ._balance import dead_experts as dead_experts
 from ._balance import expert_load as expert_load
 from ._balance import load_entropy as load_entropy
 from ._balance import max_violation as max_violation
-from ._balance import router_z_loss as router_z_loss
-from ._balance import sequence_balance_loss as sequence_balance_loss
 from ._balance import updated_bias as updated_bias
+
+# Balance
+from ._balance_losses import batch_balance_loss as batch_balance_loss
+from ._balance_losses import router_z_loss as router_z_loss
+from ._balance_losses import sequence_balance_loss as sequence_balance_loss
 
 # Weights
 from ._checkpoint import from_state_dict as from_state_dict

@@ -1,8 +1,7 @@
-"""Time and memory of loading one layer of DeepSeek-V4-Flash's size, and of running it packed.
+"""Time and memory of loading one layer of DeepSeek-V4-Flash's size, and of running it.
 
 Run as `python tests/benchmarks/checkpoint_load.py`: writes a file of 3.4 GB to a temporary folder
-and measures each way to load it in a process of its own. RESULTS.md keeps a run. The bfloat16
-block is not run: XLA on a CPU widens the whole stack of bfloat16 weights to float32, 26 GB.
+and measures each way to load it in a process of its own. RESULTS.md keeps a run.
 """
 
 import pathlib
@@ -25,7 +24,7 @@ def memory(key):
 
 
 def measure(path, dtype):
-    """Load the layer; if packed, run it on 1 and on 128 tokens, compiled and warm."""
+    """Load the layer and run it on 1 and on 128 tokens, compiled and warm."""
     import equinox as eqx
     import jax
     import jax.numpy as jnp
@@ -42,7 +41,7 @@ def measure(path, dtype):
         f" RSS {memory('VmRSS'):5.2f} GB, peak {memory('VmHWM'):5.2f} GB",
         flush=True,
     )
-    for tokens in (1, 128) if dtype == "packed" else ():
+    for tokens in (1, 128):
         hidden_states = jax.random.normal(jax.random.key(0), (tokens, 4096))
         for call in ("first", "warm"):
             start = time.perf_counter()

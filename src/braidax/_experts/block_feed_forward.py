@@ -11,17 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .blocks import at_smallest_size, block_sizes, live_rows, plan_blocks, window
+from .blocks import at_smallest_size, block_sizes, live_rows, of_group, plan_blocks, window
 from .feed_forward import Activation, FeedForwardKernels
+from .few_rows import forward_few_rows, tile_size
 from .grouped_matmul import accumulation_dtype
 
 
 def _dot(a, b, contract_a, contract_b):
     return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())))
-
-
-def _of_group(stack, group, dtype):
-    return jax.lax.dynamic_index_in_dim(stack, group, keepdims=False).astype(dtype)
 
 
 def _place(block, largest, offset):
@@ -60,7 +57,7 @@ def _forward(
 
         def step(i, outputs):
             start, stop, group = blocks.start[i], blocks.stop[i], blocks.group[i]
-            matrix_up, matrix_down = (_of_group(stack, group, dtype) for stack in (up, down))
+            matrix_up, matrix_down = (of_group(stack, group, dtype) for stack in (up, down))
             first_row = jnp.minimum(start, num_rows - sizes[-1])
 
             def compute(size):
@@ -108,7 +105,7 @@ def _backward(
 
     def step(i, outputs):
         start, stop, group = blocks.start[i], blocks.stop[i], blocks.group[i]
-        matrix_up, matrix_down = (_of_group(stack, group, dtype) for stack in (up, down))
+        matrix_up, matrix_down = (of_group(stack, group, dtype) for stack in (up, down))
         first_row = jnp.minimum(start, num_rows - sizes[-1])
 
         def compute(size):
@@ -143,8 +140,21 @@ def _backward(
     return jax.lax.fori_loop(0, blocks.count, step, outputs)
 
 
+def _infer(
+    rows: Float[Array, "rows hidden"],
+    up: Float[Array, "groups up hidden"],
+    down: Float[Array, "groups intermediate hidden"],
+    group_sizes: Int[Array, " groups"],
+    activation: Activation,
+):
+    size = tile_size(rows.shape[0], up.shape[0])
+    if size is None:
+        return _forward(rows, up, down, group_sizes, activation, save=False)
+    return forward_few_rows(rows, up, down, group_sizes, activation, size)
+
+
 FEED_FORWARD = FeedForwardKernels(
-    jax.jit(partial(_forward, save=False), static_argnums=4),
+    jax.jit(_infer, static_argnums=4),
     jax.jit(partial(_forward, save=True), static_argnums=4),
     jax.jit(_backward, static_argnums=6),
 )

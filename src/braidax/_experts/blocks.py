@@ -86,6 +86,22 @@ def live_rows(begin: Array, size: int, start: Array, stop: Array) -> Array:
     return ((row >= start) & (row < stop))[:, None]
 
 
+def of_group(
+    stack: Float[Array, "groups a b"], group: Int[Array, ""], dtype: jnp.dtype
+) -> Float[Array, "a b"]:
+    """One matrix of the stack, widened to `dtype`. Called in a loop over `group`."""
+    narrow = stack.dtype
+    if narrow.itemsize >= 4:
+        return jax.lax.dynamic_index_in_dim(stack, group, keepdims=False).astype(dtype)
+    # XLA slices narrow floats on a CPU by widening the whole stack, once, before the loop; as
+    # integers it does not, nor can what depends on the loop's counter leave the loop.
+    stack, group = jax.lax.optimization_barrier((stack, group))
+    integer = {1: jnp.uint8, 2: jnp.uint16}[narrow.itemsize]
+    bits = jax.lax.bitcast_convert_type(stack, integer)
+    matrix = jax.lax.dynamic_index_in_dim(bits, group, keepdims=False)
+    return jax.lax.bitcast_convert_type(matrix, narrow).astype(dtype)
+
+
 def _multiply(
     rows: Float[Array, "rows size_in"],
     weight: Float[Array, "groups a b"],
@@ -106,8 +122,7 @@ def _multiply(
 
     def step(i, output):
         start, stop = blocks.start[i], blocks.stop[i]
-        matrix = jax.lax.dynamic_index_in_dim(weight, blocks.group[i], keepdims=False)
-        matrix = matrix.astype(dtype)
+        matrix = of_group(weight, blocks.group[i], dtype)
         previous, first_row = window(output, start, largest, dtype)
 
         def compute(size):

@@ -11,7 +11,8 @@ def html_table(
     cell's text are kept as an indent; the first `left` columns are set left, the others right."""
     body = "".join(f"<tr>{_cells('td', row, left)}</tr>" for row in rows)
     return (
-        '<div style="overflow-x:auto;max-width:100%"><table style="border-collapse:collapse;font-size:0.85em">'
+        '<div style="overflow-x:auto;max-width:100%">'
+        '<table style="border-collapse:collapse;font-size:0.85em">'
         f"<thead><tr>{_cells('th', head, left)}</tr></thead><tbody>{body}</tbody></table></div>"
         + (f"<p><small>{escape(note)}</small></p>" if note else "")
     )

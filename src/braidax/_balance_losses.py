@@ -1,0 +1,127 @@
+"""Balance losses: pure functions of a `Routing`, to be weighted and added by whoever trains."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ._mesh import reduction_on_any_mesh
+from ._routing import Routing
+from ._scoring import normalise
+
+
+def _largest(
+    scores: Float[Array, "groups tokens experts"], count: int
+) -> Bool[Array, "groups tokens experts"]:
+    """Which entries `jax.lax.top_k` selects, that is the first of equal ones.
+
+    By comparisons along the last axis alone, because the partitioner gathers what `top_k` is given:
+    the scores of all tokens on every device, where those are spread over a mesh.
+    """
+
+    def lower(_, threshold):
+        enough = jnp.sum(scores >= threshold, axis=-1, keepdims=True) >= count
+        below = jnp.max(jnp.where(scores < threshold, scores, -jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(enough, threshold, below)
+
+    smallest = jax.lax.fori_loop(0, count, lower, jnp.full_like(scores[..., :1], jnp.inf))
+    above, equal = scores > smallest, scores == smallest
+    left = count - jnp.sum(above, axis=-1, keepdims=True)
+    return above | (equal & (jnp.cumsum(equal, axis=-1) <= left))
+
+
+def _balance_loss(
+    scores: Float[Array, "groups tokens experts"],
+    mask: Bool[Array, "groups tokens"],
+    experts_per_token: int,
+) -> Float[Array, ""]:
+    """The balance loss of each group of tokens, averaged over the groups with a valid token."""
+    num_experts = scores.shape[-1]
+    # Replaced before any arithmetic: a masked NaN must not reach the value or the gradient.
+    scores = jnp.where(mask[..., None], scores.astype(jnp.float32), 1)
+    # The selection of the unbiased scores, which the bias update does not move.
+    selected = _largest(jax.lax.stop_gradient(scores), experts_per_token) & mask[..., None]
+    counts = jnp.sum(selected, axis=1, dtype=jnp.int32)
+    num_tokens = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+    divisor = jnp.maximum(num_tokens, 1)[:, None].astype(jnp.float32)
+    fractions = counts.astype(jnp.float32) * (num_experts / experts_per_token) / divisor
+    shares = jnp.sum(jnp.where(mask[..., None], normalise(scores), 0), axis=1) / divisor
+    losses = jnp.sum(fractions * shares, axis=-1)
+    num_groups = jnp.sum(num_tokens > 0, dtype=jnp.int32)
+    return jnp.sum(losses) / jnp.maximum(num_groups, 1).astype(jnp.float32)
+
+
+def _token_mask(routing: Routing) -> Bool[Array, "*batch"]:
+    if routing.mask is None:
+        return jnp.ones(routing.scores.shape[:-1], dtype=bool)
+    return routing.mask
+
+
+@reduction_on_any_mesh
+def sequence_balance_loss(routing: Routing) -> Float[Array, ""]:
+    """Sequence-wise balance loss of a `routing`, unweighted, a float32 scalar.
+
+    `sum_i f_i P_i`, where `f_i` is the share of selections of expert `i` times `experts`, by the
+    top-k of the scores **without** the bias (no gradient flows through it), and `P_i` the mean
+    over tokens of the scores divided by their sum. 1 at perfect balance,
+    `experts / experts_per_token` at full collapse.
+
+    The last batch axis holds the tokens of one sequence and every axis before it sequences, over
+    which the mean is taken; a single token is a sequence of one. Masked tokens are left out, and
+    so are sequences without a valid token; with none at all the loss is 0. Meant for layers that
+    select by score: a hash layer has nothing to balance.
+
+    **Source:** DeepSeek-V3 (arXiv:2412.19437), eq. 17-20.
+
+    **Example:** a gate that has no preferences, whose two first experts win every tie.
+
+        >>> import braidax as bx, jax
+        >>> router = bx.TopKRouter(32, 8, 2, key=jax.random.key(0))
+        >>> round(float(bx.sequence_balance_loss(router(jax.numpy.zeros((4, 32))))), 4)
+        1.0
+    """
+    scores, mask = routing.scores, _token_mask(routing)
+    tokens = scores.shape[-2] if scores.ndim > 1 else 1
+    groups = math.prod(scores.shape[:-2])
+    scores = scores.reshape(groups, tokens, scores.shape[-1])
+    return _balance_loss(scores, mask.reshape(groups, tokens), routing.indices.shape[-1])
+
+
+@reduction_on_any_mesh
+def batch_balance_loss(routing: Routing) -> Float[Array, ""]:
+    """`sequence_balance_loss` with all tokens of a `routing`, whatever their axes, as one sequence.
+
+    **Source:** as for `sequence_balance_loss`. **Example:** two sequences on opposite halves.
+
+        >>> import braidax as bx, jax.numpy as jnp
+        >>> scores = jnp.array([[[0.5, 0.5, 0, 0]] * 4, [[0, 0, 0.5, 0.5]] * 4])
+        >>> indices = jnp.array([[[0, 1]] * 4, [[2, 3]] * 4])
+        >>> routing = bx.Routing(indices, jnp.ones((2, 4, 2)), scores, scores, None, jnp.array(0))
+        >>> float(bx.sequence_balance_loss(routing)), float(bx.batch_balance_loss(routing))
+        (2.0, 1.0)
+    """
+    scores, mask = routing.scores, _token_mask(routing)
+    tokens = math.prod(scores.shape[:-1])
+    scores = scores.reshape(1, tokens, scores.shape[-1])
+    return _balance_loss(scores, mask.reshape(1, tokens), routing.indices.shape[-1])
+
+
+@reduction_on_any_mesh
+def router_z_loss(routing: Routing) -> Float[Array, ""]:
+    """Mean over valid tokens of `logsumexp(logits) ** 2`, unweighted, a float32 scalar.
+
+    The logits are those of `routing`. 0 without a valid token. **Source:** arXiv:2202.08906, eq. 5.
+
+    **Example:** `log(8) ** 2` for logits that are all 0.
+
+        >>> import braidax as bx, jax
+        >>> router = bx.TopKRouter(32, 8, 2, key=jax.random.key(0))
+        >>> round(float(bx.router_z_loss(router(jax.numpy.zeros((4, 32))))), 4)
+        4.3241
+    """
+    mask = _token_mask(routing)
+    logits = jnp.where(mask[..., None], routing.logits.astype(jnp.float32), 0)
+    squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+    num_tokens = jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1).astype(jnp.float32)
+    return jnp.sum(jnp.where(mask, squares, 0)) / num_tokens
