@@ -90,7 +90,7 @@ print(f"\n✓ row {token} of the library's table: {md5_table[token]}")
 # the same everywhere. `balanced` gets counts by Zipf's law here (token `t` appears 1,000,000 / (t +
 # 1) times), so that it does not depend on your text.
 
-# %% tags=["machine"]
+# %%
 zipf = 1_000_000 // np.arange(1, 8193)
 sizes = (8192, num_experts, experts_per_token)
 digests = {
@@ -110,10 +110,11 @@ for name, value in digests.items():
     print(f"{name:12} {value[:16]}")
     assert value.startswith(expected[name]), name
 
+# %% tags=["machine"]
 start = time.perf_counter()
 large = bx.hash_tables.md5(129_280, 256, 6)
 assert all(len(set(row)) == 6 for row in large.tolist())  # no expert twice in a row
-print(f"\nDeepSeek-V4's size, {large.shape}: {time.perf_counter() - start:.1f} s")
+print(f"DeepSeek-V4's size, {large.shape}: {time.perf_counter() - start:.1f} s")
 
 # %% [markdown]
 # ## The text, as ids
@@ -203,6 +204,7 @@ for name in tokenizers:
         rows.append([name, rule, spread, training, unseen])
 table(["ids", "table", "ids per expert", "MaxVio training", "MaxVio held out"], rows)
 
+# %%
 for name, (vocab, _) in tokenizers.items():
     even = np.bincount(tables[name]["round_robin"].reshape(-1), minlength=num_experts)
     assert np.array_equal(even, np.full(num_experts, vocab * experts_per_token // num_experts))
@@ -214,7 +216,7 @@ for name, (vocab, _) in tokenizers.items():
     assert all(violation[name, rule][0] > 0.3 for rule in fixed)
     assert all(violation[name, "balanced"][0] < violation[name, rule][0] / 2 for rule in fixed)
 assert violation["words", "balanced"][0] < 0.01 and violation["pairs", "balanced"][0] < 0.01
-print("\n✓ balanced by id, uneven by load; `balanced` is even on the text it was counted on")
+print("✓ balanced by id, uneven by load; `balanced` is even on the text it was counted on")
 
 # %% [markdown]
 # On the held-out files the `balanced` tables are close to even but not exact: those files use other

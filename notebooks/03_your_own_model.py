@@ -256,7 +256,7 @@ assert np.array_equal(masked, np.full(config.num_experts, 0.5, np.float32))
 # function: nothing can go wrong then, and `bx.decay_mask` is one for the same reason.
 
 
-# %% tags=["machine"]
+# %%
 def labels_of(params):
     return jax.tree.map(lambda yes: "train" if yes else "keep", bx.trainable(params))
 
@@ -267,8 +267,8 @@ tree = labels_of(parameters)
 assert callable(tree)
 try:
     optax.partition(two_optimizers, tree).init(parameters)
-except Exception as error:
-    print(f"a tree: {type(error).__name__}: {str(error).splitlines()[0]}")
+except Exception:  # what it says depends on the model
+    print("a tree: optax calls it, which fails")
 else:
     raise AssertionError("optax did not call the tree")
 
@@ -343,7 +343,7 @@ assert np.array_equal(bias_of(named), from_batch)
 # example and then summed, so pass the batch axis to the block itself. `vmap` is for gradients of
 # each example.
 
-# %% tags=["machine"]
+# %%
 block = model.layers[1].moe
 example = jax.random.normal(jax.random.key(1), (64, 64, config.hidden_size))
 
@@ -361,6 +361,11 @@ vmapped = eqx.filter_jit(eqx.filter_value_and_grad(vmapped_loss))
 for a, b in zip(*(jax.tree.leaves(f(block, example)) for f in (native, vmapped)), strict=True):
     assert np.allclose(a, b, rtol=0, atol=1e-5)
 
+of_each = jax.vmap(eqx.filter_grad(native_loss), in_axes=(None, 0))(block, example[:3])
+assert of_each.routed.experts.gate_up.shape == (3, *block.routed.experts.gate_up.shape)
+print("✓ the same loss and gradients; one gradient for each of 3 examples")
+
+# %% tags=["machine"]
 seconds = {}
 for name, function in [("native axes", native), ("jax.vmap", vmapped)] * 5:
     start = time.perf_counter()
@@ -368,9 +373,6 @@ for name, function in [("native axes", native), ("jax.vmap", vmapped)] * 5:
     seconds.setdefault(name, []).append(time.perf_counter() - start)
 for name, values in seconds.items():
     print(f"{name:12} {1e3 * np.median(values):6.1f} ms, loss and gradient, 64 x 64 tokens")
-
-of_each = jax.vmap(eqx.filter_grad(native_loss), in_axes=(None, 0))(block, example[:3])
-assert of_each.routed.experts.gate_up.shape == (3, *block.routed.experts.gate_up.shape)
 
 # %% [markdown]
 # ## Save and load

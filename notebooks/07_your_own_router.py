@@ -71,7 +71,7 @@ class PrototypeRouter(bx.AbstractRouter):
         return indices, ~jnp.isnan(nearness).any(axis=-1)
 
     def rebalanced(self, load, rate):
-        price = self.price + rate * (load / load.mean() - 1)
+        price = self.price + rate * (load / jnp.maximum(load.mean(), 1) - 1)
         return eqx.tree_at(lambda router: router.price, self, price)
 
 
@@ -166,6 +166,9 @@ mask = jnp.arange(TOKENS) != 7
 masked, masked_routing = block(x.at[7].set(jnp.nan), mask=mask)
 assert not np.asarray(masked[7]).any()
 assert int(bx.expert_load(masked_routing).sum()) == PER_TOKEN * (TOKENS - 1)
+# A batch without a valid token has no load, and must not turn prices into NaN.
+_, empty = block(x, mask=jnp.zeros(TOKENS, bool))
+assert np.isfinite(bx.rebalance(block, empty, 0.3).router.price).all()
 print("✓ vmap, jit, NaN, padding")
 
 # %% [markdown]
@@ -220,9 +223,11 @@ def train(block, rate):
 
 runs = {name: train(block, rate) for name, rate in (("without prices", 0.0), ("with prices", 0.3))}
 
-# %% tags=["machine"]
+# %%
 last = slice(-50, None)
 violation = {name: loads.max(1) / loads.mean(1) - 1 for name, (_, _, loads) in runs.items()}
+
+# %% tags=["machine"]
 for name, (trained, losses, _) in runs.items():
     print(
         f"{name:15}  loss {losses[:10].mean():.2f} -> {losses[last].mean():.2f}"

@@ -5,6 +5,7 @@ import io
 import sys
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -111,3 +112,37 @@ def test_mistakes_are_named():
         plot_load(LOADS, layer_names=["only"])
     with pytest.raises(ValueError, match="`steps` must be"):
         plot_balance([0, 1], np.ones((3, 2)))
+    for steps, values in (([], np.ones((0, 2))), ([0], np.ones((1, 0)))):
+        with pytest.raises(ValueError, match="`steps` must be .* not empty"):
+            plot_balance(steps, values)
+    with pytest.raises(ValueError, match="Got inf at step 7, layer 1"):
+        plot_balance([3, 7], np.array([[0.0, 0.0], [np.nan, np.inf]]))
+
+
+def test_balance_leaves_a_gap_where_nothing_was_routed():
+    ax = bx.plot_balance([0, 1, 2], np.array([[1.0], [np.nan], [2.0]]))
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [1, np.nan, 2])
+    assert png(ax)
+
+
+def test_load_of_a_single_routing():
+    image = bx.plot_load(one_routing([[0, 1], [0, 1]])).images[0]
+    np.testing.assert_array_equal(image.get_array(), [[2, 2, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        lambda routing: bx.plot_load(routing),
+        lambda routing: bx.plot_load([routing]),
+        lambda routing: bx.plot_load(routing.scores),
+        lambda routing: bx.plot_balance([0, 1], routing.scores),
+        lambda routing: bx.plot_bias([0, 1], routing.scores),
+        lambda routing: bx.plot_weights(routing),
+        lambda routing: bx.plot_coactivation([routing]),
+        lambda routing: bx.plot_token_experts(routing),
+    ],
+)
+def test_traced_arrays_are_named(plot):
+    with pytest.raises(TypeError, match="` must be concrete.*return it from the compiled function"):
+        jax.jit(lambda routing: plot(routing) and None)(one_routing([[0, 1], [2, 3]]))

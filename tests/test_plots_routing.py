@@ -105,6 +105,13 @@ def conditional(indices, mask, experts):
     return table, defined
 
 
+@pytest.mark.parametrize("experts, experts_per_token", [(5, 4), (4, 4), (384, 8)])
+def test_no_probability_above_1_beside_the_heat_map(experts, experts_per_token):
+    image = bx.plot_coactivation(random_routing(9, experts, experts_per_token)).images[0]
+    assert image.colorbar.ax.get_ylim()[0] == 0 and image.colorbar.ax.get_ylim()[1] <= 1
+    assert all(0 <= tick <= 1 for tick in image.colorbar.get_ticks())
+
+
 def test_coactivation_by_hand():
     # Expert 0 is selected three times, twice with 1 and once with 2; expert 3 never.
     ax = bx.plot_coactivation(routing([[0, 1], [2, 0], [1, 0]]))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import braidax as bx
+from braidax._inspect.plots.coactivation import coactivations
 from braidax._inspect.report_counts import LayerCounts, entropy, max_violation
 from braidax._inspect.report_text import load_bars
 from braidax._inspect.top_tokens import TokenCounts
@@ -57,7 +58,7 @@ def test_figures_by_hand(by_hand):
     shares = (4 / 6, 1 / 6, 1 / 6)
     wanted = -sum(share * math.log(share) for share in shares) / math.log(4)
     np.testing.assert_allclose(by_hand.load_entropy, [wanted], rtol=1e-14)
-    np.testing.assert_allclose(by_hand.confidence, [(3 / 4 + 1 / 2 + 1 / 2) / 3], rtol=1e-14)
+    np.testing.assert_allclose(by_hand.confidence, [(3 / 4 + 1 / 2 + 1) / 3], rtol=1e-14)
     # Entropies log 4, 0 and log 2, in units of log 4.
     np.testing.assert_allclose(by_hand.router_entropy, [(1 + 0 + 0.5) / 3], rtol=1e-14)
 
@@ -216,7 +217,7 @@ def test_tokens_without_an_answer_are_counted_apart():
     report = bx.report(one_routing(INDICES, weights, scores))
     assert report.undefined.tolist() == [2]
     assert report.load.tolist() == [[4, 1, 1, 2]]  # as `expert_load` counts
-    np.testing.assert_allclose(report.confidence, [(0.5 + 1) / 2])
+    np.testing.assert_allclose(report.confidence, [(1 + 1) / 2])
     assert "tokens with a weight or score that is not finite: 2 in layer 0" in str(report)
     assert "assignments dropped: 3 in layer 0" in str(bx.report(one_routing(INDICES, dropped=3)))
 
@@ -269,9 +270,10 @@ def test_html_is_escaped_and_without_colours():
     assert "color" not in html and "background" not in html and "overflow-x:auto" in html
     assert html.count("<details>") == html.count("</details>") == 1
     assert "1.67" in html and "1.67" in str(report)
-    many = one_routing(np.arange(2000)[:, None], experts=2000)
-    html = bx.report(many, input_ids=np.arange(2000))._repr_html_()
-    assert "expert 0: &#x27;0&#x27; 100%" in html and len(html) < 5000
+    for experts in (257, 2000):
+        many = one_routing(np.arange(experts)[:, None], experts=experts)
+        html = bx.report(many, input_ids=np.arange(experts))._repr_html_()
+        assert "expert 0: &#x27;0&#x27; 100%" in html and len(html) < 5000
 
 
 def test_dictionary_is_json(by_hand):
@@ -324,3 +326,71 @@ def test_mistakes_are_named(unchecked, model):
     says(TypeError, not_text, routing, input_ids=IDS, decode=int)
     with pytest.raises(TypeError, match="concrete arrays"):
         jax.jit(lambda routing: bx.report(routing).load)(routing)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32])
+def test_narrow_indices_count_as_wide_ones(unchecked, dtype):
+    """100 experts: 101 * 101 fits neither 8 bits nor, squared sums apart, a signed byte."""
+    indices = np.array([[99, 0], [99, 50], [7, 99]])
+    wide = one_routing(indices, experts=100)
+    narrow = eqx.tree_at(lambda r: r.indices, wide, indices.astype(dtype))
+    for report in (bx.report(wide), bx.report(narrow)):
+        assert report.load[0, [0, 7, 50, 99]].tolist() == [1, 1, 1, 3] and report.load.sum() == 6
+        together = report.coactivation[0]
+        assert together.sum() == 3 + 3 + 2 * 3 and together[99, 99] == 3
+        assert together[99, [0, 7, 50]].tolist() == together[[0, 7, 50], 99].tolist() == [1] * 3
+    experts = 300
+    pairs = np.array([[299, 298]], np.int16)
+    table = coactivations(pairs, experts)
+    assert table[298:, 298:].tolist() == [[1, 1], [1, 1]] and table.sum() == 4
+
+
+def test_ids_may_be_unsigned_or_bytes(by_hand):
+    routing = one_routing(INDICES, WEIGHTS, SCORES, MASK)
+    for ids in (IDS.astype(np.uint8), IDS.astype(np.uint64), bytes(IDS.tolist())):
+        assert bx.report(routing, input_ids=ids).top_tokens == by_hand.top_tokens
+        assert bx.report([[routing]], input_ids=[ids]).top_tokens == by_hand.top_tokens
+    with pytest.raises(
+        ValueError, match=r"`input_ids` must be below 2\*\*63. Got 9223372036854775808"
+    ):
+        bx.report(routing, input_ids=np.array([0, 0, 0, 2**63], np.uint64))
+
+
+@pytest.mark.parametrize(
+    "decode", [["a"].__getitem__, {0: "a"}.__getitem__, lambda i: bytes([i]).decode() if i else "a"]
+)
+def test_an_id_without_a_text_loses_no_report(decode):
+    ids = np.array([0, 0, 300, 0])
+    (layer,) = bx.report(one_routing(INDICES), input_ids=ids, decode=decode).top_tokens
+    assert layer[0] == ((0, "a", 2), (300, "<id 300>", 2))
+
+
+def test_a_batch_without_a_token_has_no_violation():
+    used = one_routing(INDICES, mask=MASK)
+    padding = one_routing(INDICES, mask=[False] * 4)
+    report = bx.report([[used], [padding], [used]])
+    wanted = 4 / 1.5 - 1
+    np.testing.assert_array_equal(report.batch_max_violation, [[wanted], [np.nan], [wanted]])
+    assert f"{wanted:.2f} {wanted:.2f} 0" in " ".join(str(report).split()).replace("0.790 ", "")
+    assert bx.report(padding).to_dict()["batch_max_violation"] == [[None]]
+    assert "nan" in str(bx.report(padding))
+
+
+def test_entropy_without_a_minus():
+    for report in (
+        bx.report(one_routing([[1, 1]], scores=[[0, 1, 0, 0]])),
+        bx.report(one_routing(INDICES, mask=[False] * 4)),
+    ):
+        assert "0.000" in str(report) and "-0.0" not in str(report)
+
+
+def test_one_of_each_is_singular():
+    report = bx.report(one_routing([[0]], experts=1))
+    assert str(report).startswith("1 layer of 1 expert, 1 token in 1 batch\n")
+    assert str(bx.report(one_routing(INDICES))).startswith("1 layer of 4 experts, 4 tokens in")
+
+
+def test_half_of_a_partition_is_named(model):
+    half = eqx.partition(model[0], bx.trainable(model[0]))[1]
+    with pytest.raises(ValueError, match="routers with a weight. Got a HashRouter whose weight"):
+        bx.report(one_routing(INDICES, experts=8), model=half)

@@ -143,6 +143,9 @@ def test_packed_experts_count_as_what_they_hold(tmp_path, name):
     per_weight = 0.5 if name.startswith("V4") else 1
     assert EXPERTS * expert * per_weight < arrays[0] < EXPERTS * expert * (per_weight + 0.2)
     assert arrays[1] == 4 * EXPERTS * expert
+    alone = bx.summary(bx.load_moe(path, HASH_LAYERS, dtype="packed").routed.experts)
+    assert alone.parameters == alone.active == EXPERTS * expert
+    assert (alone.blocks, alone.num_bytes) == ((), arrays[0])
 
 
 class Linears(bx.AbstractExperts):
@@ -205,3 +208,10 @@ def test_mistakes_are_named():
     for wrong in (bx.RoutedMoE, "model", None):
         with pytest.raises(TypeError, match="`model` must be a MoEConfig or a PyTree"):
             summary(wrong)
+
+
+def test_half_of_a_partition_is_named(getkey):
+    block = bx.RoutedMoE.from_config(TINY, TOP_K_LAYER, key=getkey())
+    half = eqx.partition(block, bx.trainable(block))[1]
+    with pytest.raises(ValueError, match="routers with a weight. Got a TopKRouter whose weight"):
+        bx.summary(half)

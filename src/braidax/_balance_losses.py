@@ -64,8 +64,9 @@ def sequence_balance_loss(routing: Routing) -> Float[Array, ""]:
 
     `sum_i f_i P_i`, where `f_i` is the share of selections of expert `i` times `experts`, by the
     top-k of the scores **without** the bias (no gradient flows through it), and `P_i` the mean
-    over tokens of the scores divided by their sum. 1 at perfect balance,
-    `experts / experts_per_token` at full collapse.
+    over tokens of the scores divided by their sum. 1 when the `f_i` are equal, whatever the bias
+    adds to that; up to `experts / experts_per_token`, when all tokens select the same experts and
+    the scores lie on those alone. With flat scores it stays at 1 even then.
 
     The last batch axis holds the tokens of one sequence and every axis before it sequences, over
     which the mean is taken; a single token is a sequence of one. Masked tokens are left out, and

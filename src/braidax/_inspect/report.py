@@ -36,10 +36,12 @@ def report(
     - `model`: whatever holds the routers, in the order of the routings: a model, a block, a list
         of routers. It tells hash from top-k layers, which a `Routing` does not, and a router
         stacked over layers takes a `Routing` whose first axes are those layers.
-    - `input_ids`: the tokens' ids: an array of the routings' batch axes, or for batches one such
-        array each (in a list, an array or a loader, not an iterator). Needed for `top_tokens`.
+    - `input_ids`: the tokens' ids: an array of the routings' batch axes, or `bytes`; for batches
+        one of them each (in a list, an array or a loader, not an iterator). For `top_tokens`.
     - `layer_names`: one name a layer; by default its number, from 0.
     - `decode`: the text of a token id, as `tokenizer.decode` or, for bytes, `chr`; default `str`.
+        An id for which it raises `LookupError`, `ValueError` or `OverflowError`, as one outside of
+        the vocabulary, is written `<id 300>`.
     - `num_top_tokens`: how many tokens are kept of every expert.
 
     **Returns:** a record of numpy arrays, `load` `(layers, experts)` and more; see its docstring.
@@ -109,7 +111,11 @@ class _Texts(dict):
         self._decode = decode
 
     def __missing__(self, token_id: int) -> str:
-        text = self._decode(token_id)
+        try:
+            text = self._decode(token_id)
+        except (LookupError, ValueError, OverflowError):
+            # The pass over the data is done, and one id must not lose it.
+            text = f"<id {token_id}>"
         if not isinstance(text, str):
             raise TypeError(f"`decode` must return a str. Got {text!r:.60} for id {token_id}.")
         self[token_id] = text

@@ -155,7 +155,8 @@ def _layers_of_batch(
 def _unstacked(routing: Routing, axes: tuple[int, ...], ids: Any, name: str) -> list[_Layer]:
     """The layers of one Routing, `axes` in front, on the host."""
     try:
-        indices, weights = np.asarray(routing.indices), np.asarray(routing.weights)
+        indices = np.asarray(routing.indices).astype(np.int64)  # narrow ones would overflow
+        weights = np.asarray(routing.weights)
         scores, dropped = np.asarray(routing.scores), np.asarray(routing.dropped)
         mask = np.asarray(True if routing.mask is None else routing.mask)
     except jax.errors.TracerArrayConversionError:
@@ -191,11 +192,13 @@ def _unstacked(routing: Routing, axes: tuple[int, ...], ids: Any, name: str) -> 
 
 
 def _flat_ids(ids: Any, batch_shape: tuple[int, ...], name: str) -> Int[np.ndarray, " tokens"]:
-    ids = np.asarray(ids)
+    ids = np.frombuffer(ids, np.uint8) if isinstance(ids, bytes) else np.asarray(ids)
     if not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"`input_ids` must have an integer dtype. Got {ids.dtype}.")
     if ids.shape != batch_shape:
         raise ValueError(
             f"`input_ids` must have the batch axes of `{name}`, {batch_shape}. Got {ids.shape}."
         )
-    return ids.reshape(-1)
+    if ids.size and int(ids.max()) >= 2**63:
+        raise ValueError(f"`input_ids` must be below 2**63. Got {ids.max()}.")
+    return ids.reshape(-1).astype(np.int64)

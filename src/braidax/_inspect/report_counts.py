@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from jaxtyping import Float, Float64, Int, Int64, Integer, Real
+from jaxtyping import Float, Float64, Int64, Integer, Real
 
 from .plots.coactivation import coactivations
 from .top_tokens import TokenCounts
@@ -18,12 +18,12 @@ class LayerCounts:
         self.coactivation = np.zeros((num_experts, num_experts), np.int64)
         self.num_tokens = self.undefined = self.dropped = 0
         self.batch_max_violation: list[float] = []
-        self._first_share = self._entropy = 0.0
+        self._largest_share = self._entropy = 0.0
         self.tokens = TokenCounts()
 
     def add(
         self,
-        indices: Int[np.ndarray, "tokens experts_per_token"],
+        indices: Integer[np.ndarray, "tokens experts_per_token"],
         weights: Float[np.ndarray, "tokens experts_per_token"],
         scores: Float[np.ndarray, "tokens experts"],
         ids: Integer[np.ndarray, " tokens"] | None,
@@ -33,7 +33,8 @@ class LayerCounts:
         self.dropped += dropped
         load = np.bincount(indices.reshape(-1), minlength=self.num_experts).astype(np.int64)
         self.load += load
-        self.batch_max_violation.append(float(max_violation(load)))
+        # Nothing was balanced where nothing was routed: a 0 would flatter the mean over batches.
+        self.batch_max_violation.append(float(max_violation(load)) if len(indices) else math.nan)
         self.num_tokens += len(indices)
         self.coactivation += coactivations(indices, self.num_experts)
         if ids is not None:
@@ -41,15 +42,13 @@ class LayerCounts:
         defined = np.isfinite(weights).all(axis=1) & np.isfinite(scores).all(axis=1)
         self.undefined += int(np.sum(~defined))
         weights, scores = weights[defined].astype(np.float64), scores[defined].astype(np.float64)
-        # Weights that are all 0 choose nothing: as unsure as can be.
-        shares = _shares(weights)
-        self._first_share += float(shares.max(axis=1, initial=0.0).sum())
+        self._largest_share += float(_largest_share(indices[defined], weights).sum())
         self._entropy += float(entropy(_shares(scores)).sum())
 
     @property
     def confidence(self) -> float:
-        """Mean share of the first expert in a token's weights; NaN without a token."""
-        return self._mean(self._first_share)
+        """Mean of the largest share of one expert in a token's weights; NaN without a token."""
+        return self._mean(self._largest_share)
 
     @property
     def router_entropy(self) -> float:
@@ -73,7 +72,22 @@ def entropy(shares: Real[np.ndarray, "*rows experts"]) -> Float64[np.ndarray, "*
     if shares.shape[-1] == 1:
         return shares[..., 0].astype(np.float64)
     logs = np.log(np.where(shares > 0, shares, 1.0))
-    return -np.sum(shares * logs, axis=-1) / math.log(shares.shape[-1])
+    # Not -0.0, which prints as such, where one expert has everything.
+    return -np.sum(shares * logs, axis=-1) / math.log(shares.shape[-1]) + 0.0
+
+
+def _largest_share(
+    indices: Integer[np.ndarray, "tokens experts_per_token"],
+    weights: Float64[np.ndarray, "tokens experts_per_token"],
+) -> Float64[np.ndarray, " tokens"]:
+    """Of each token's weights; what it gives to the same expert twice adds up."""
+    # Weights that are all 0 choose nothing: as unsure as can be.
+    shares = _shares(weights)
+    largest = np.zeros(len(shares))
+    for slot in range(indices.shape[1]):
+        same = indices == indices[:, slot : slot + 1]
+        largest = np.maximum(largest, np.sum(shares, axis=1, where=same))
+    return largest
 
 
 def _shares(values: Float64[np.ndarray, "rows size"]) -> Float64[np.ndarray, "rows size"]:

@@ -22,10 +22,12 @@ class Report:
       or score that is not finite, which are in the load but not in the means over tokens.
     - `load`: assignments of each expert, as `braidax.expert_load` counts them.
     - `max_violation`: max / mean of that load, minus 1. `batch_max_violation`: the same batch by
-      batch; sampling alone keeps it above 0, the more so the smaller a batch is.
+      batch, NaN for one without a token, which the printed mean leaves out;
+      sampling alone keeps it above 0, the more so the smaller a batch is.
     - `load_entropy`: entropy of the load's shares / log(experts), 1 at perfect balance.
     - `dead_experts`: experts without load. `top_1_share`: the busiest expert's share of the load.
-    - `confidence`: mean over tokens of the largest weight / the sum of the token's weights.
+    - `confidence`: mean over tokens of the largest weight of one expert / the sum of the token's
+      weights; what a token gives to the same expert twice adds up.
     - `router_entropy`: mean over tokens of the entropy of scores / their sum, / log(experts).
     - `coactivation`: tokens that use both experts; on the diagonal, tokens that use the expert.
     - `top_tokens`: `[layer][expert]`, most frequent first; None without `input_ids`.

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from .._checkpoint.summary_text import text_table
 from .html import html_details, html_table
@@ -16,16 +16,16 @@ _COLUMNS = (
 )
 _NOTE = (
     "MaxVio: max/mean load - 1, over everything and as the mean over batches; entropy: of the load;"
-    " top-1: load of the busiest expert; confidence: first expert's share of a token's weights;"
-    " router entropy: of a token's scores; entropies from 0 to 1. Bars: load of each expert, half"
-    " height is the mean, · no load"
+    " top-1: load of the busiest expert; confidence: largest share of a token's weights on one"
+    " expert; router entropy: of a token's scores; entropies from 0 to 1. Bars: load of each"
+    " expert, half height is the mean, · no load"
 )
 _BARS = "·▁▂▃▄▅▆▇█"
 _MOST_BARS = 32
 _GROUPED = ", each bar the largest of {} neighbours"
 _MOST_TOKEN_LAYERS = 12
 _EXPERTS_SHOWN = 3
-_MOST_EXPERTS_IN_HTML = 1024  # of all layers; a notebook keeps what it shows
+_MOST_EXPERTS_IN_HTML = 256  # of all layers; a notebook keeps what it shows
 
 
 def report_text(report: Report) -> str:
@@ -88,13 +88,24 @@ def _note(report: Report) -> str:
 def _title(report: Report) -> str:
     batches, tokens = len(report.batch_max_violation), report.num_tokens
     few, most = int(tokens.min()), int(tokens.max())
-    counted = f"{most:,}" if few == most else f"{few:,} to {most:,}"
     layers, experts = report.load.shape
-    plural = "" if layers == 1 else "s", "" if batches == 1 else "es"
+    fewest = "" if few == most else f"{few:,} to "
     return (
-        f"{layers} layer{plural[0]} of {experts} experts, {counted} tokens"
-        f" in {batches} batch{plural[1]}"
+        f"{_counted(layers, 'layer')} of {_counted(experts, 'expert')},"
+        f" {fewest}{_counted(most, 'token')} in {_counted(batches, 'batch', 'es')}"
     )
+
+
+def _counted(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def _batch_means(report: Report) -> Float64[np.ndarray, " layers"]:
+    """Of MaxVio, over the batches with a token; NaN where there is none."""
+    known = ~np.isnan(report.batch_max_violation)
+    total = np.sum(report.batch_max_violation, axis=0, where=known)
+    number = known.sum(axis=0)
+    return np.divide(total, number, out=np.full(total.shape, np.nan), where=number > 0)
 
 
 def _warnings(report: Report) -> list[str]:
@@ -125,7 +136,7 @@ def _sections(report: Report) -> list[tuple[str, list[int]]]:
 
 
 def _rows(report: Report, layers: Sequence[int]) -> list[tuple[str, ...]]:
-    batches = report.batch_max_violation.mean(axis=0)
+    batches = _batch_means(report)
     return [
         (
             report.layer_names[layer],

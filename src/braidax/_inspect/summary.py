@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from .._config import MoEConfig
 from .._moe import RoutedAndSharedMoE, RoutedMoE
-from .summary_count import TOTALS, BlockSummary, PartSummary, count_block, count_rest
+from .summary_count import TOTALS, BlockSummary, PartSummary, count_block, count_rest, is_packed
 from .summary_text import summary_html, summary_text
 
 
@@ -106,7 +106,8 @@ def summary(model: PyTree | MoEConfig) -> Summary:
         >>> layer.parameters, layer.active, layer.forward_flops
         (6468665600, 177209600, 354418688)
 
-    **Raises:** `TypeError` for a class instead of an instance, or if `model` holds no array.
+    **Raises:** `TypeError` for a class instead of an instance, or if `model` holds no array, and
+    `ValueError` for a router without a weight, as in one half of `eqx.partition`.
     """
     if isinstance(model, MoEConfig):
         model = _layer_of(model)
@@ -115,7 +116,9 @@ def summary(model: PyTree | MoEConfig) -> Summary:
         raise TypeError(
             f"`model` must be a MoEConfig or a PyTree that holds arrays. Got {model!r:.200}."
         )
-    nodes = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_block)
+    nodes = jax.tree_util.tree_leaves_with_path(
+        model, is_leaf=lambda node: _is_block(node) or is_packed(node)
+    )
     blocks = tuple(count_block(_path(path), node) for path, node in nodes if _is_block(node))
     rest = count_rest([(_path(path), leaf) for path, leaf in nodes if not _is_block(leaf)])
     return Summary(type(model).__name__, blocks, rest)

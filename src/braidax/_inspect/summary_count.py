@@ -94,8 +94,17 @@ def router_kind(router: AbstractRouter) -> str:
 
 
 def layer_axes(router: AbstractRouter) -> tuple[int, ...]:
-    """The axes over which layers are stacked, `()` for a single one."""
-    return tuple(router.weight.shape[:-2])
+    """The axes over which layers are stacked, `()` for a single one.
+
+    Raises `ValueError` for a router without a weight.
+    """
+    weight = getattr(router, "weight", None)
+    if not _is_array(weight):
+        raise ValueError(
+            f"`model` must hold routers with a weight. Got a {type(router).__name__} whose weight"
+            f" is {weight!r:.60}: give the whole model, not a half of `eqx.partition`."
+        )
+    return tuple(weight.shape[:-2])
 
 
 def count_block(path: str, block: RoutedMoE | RoutedAndSharedMoE) -> BlockSummary:
@@ -117,7 +126,7 @@ def count_block(path: str, block: RoutedMoE | RoutedAndSharedMoE) -> BlockSummar
 
 def count_rest(leaves: Sequence[tuple[str, Any]]) -> PartSummary | None:
     """Parameters and bytes of what lies outside of the blocks; None for no array."""
-    arrays = [leaf for _, leaf in leaves if _is_array(leaf)]
+    arrays = [leaf for _, leaf in leaves if _is_array(leaf) or is_packed(leaf)]
     if not arrays:
         return None
     parameters = sum(map(_num_parameters, arrays))
@@ -131,9 +140,9 @@ def _count_part(
     used, of = share
     parameters = num_bytes = products = backward = 0
     shapes = {}
-    leaves = jax.tree_util.tree_leaves_with_path(module, is_leaf=_is_packed)
+    leaves = jax.tree_util.tree_leaves_with_path(module, is_leaf=is_packed)
     for path, leaf in leaves:
-        if not (_is_array(leaf) or _is_packed(leaf)):
+        if not (_is_array(leaf) or is_packed(leaf)):
             continue
         shapes[jax.tree_util.keystr(path).removeprefix(".")] = _shape(leaf)
         count = _num_parameters(leaf)
@@ -141,13 +150,14 @@ def _count_part(
         num_bytes += _num_bytes(leaf)
         if len(_full_shape(leaf)) >= leading + 2:
             products += count
-            backward += count if _is_packed(leaf) else 2 * count
+            backward += count if is_packed(leaf) else 2 * count
     flops = [2 * count * used // of for count in (products, backward)]
     active = parameters * used // of
     return PartSummary(name, type(module).__name__, shapes, parameters, active, num_bytes, *flops)
 
 
-def _is_packed(leaf: Any) -> bool:
+def is_packed(leaf: Any) -> bool:
+    """Whether it is packed matrices, which count as the numbers they hold."""
     return isinstance(leaf, PackedMatrices)
 
 
@@ -156,22 +166,22 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _full_shape(leaf: Any) -> tuple[int, ...]:
-    return (*leaf.payload.shape[:-1], leaf.size_in) if _is_packed(leaf) else leaf.shape
+    return (*leaf.payload.shape[:-1], leaf.size_in) if is_packed(leaf) else leaf.shape
 
 
 def _num_parameters(leaf: Any) -> int:
-    if _is_packed(leaf) or jnp.issubdtype(leaf.dtype, jnp.inexact):
+    if is_packed(leaf) or jnp.issubdtype(leaf.dtype, jnp.inexact):
         return math.prod(_full_shape(leaf))
     return 0
 
 
 def _num_bytes(leaf: Any) -> int:
-    arrays = (leaf.payload, leaf.scale) if _is_packed(leaf) else (leaf,)
+    arrays = (leaf.payload, leaf.scale) if is_packed(leaf) else (leaf,)
     return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
 
 
 def _shape(leaf: Any) -> str:
     """As Equinox prints an array: `f32[256,4096]`."""
-    number = leaf.number if _is_packed(leaf) else str(leaf.dtype)
+    number = leaf.number if is_packed(leaf) else str(leaf.dtype)
     short = number.replace("float", "f").replace("uint", "u").replace("int", "i")
     return f"{short}[{','.join(map(str, _full_shape(leaf)))}]"

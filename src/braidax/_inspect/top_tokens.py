@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int64, Integer
 
 _MERGE_AT_LEAST = 2**20  # pairs that wait before they are added up
 
@@ -27,7 +27,9 @@ class TokenCounts:
         self._num_waiting = 0
 
     def add(
-        self, experts: Int[np.ndarray, "tokens experts_per_token"], ids: Int[np.ndarray, " tokens"]
+        self,
+        experts: Integer[np.ndarray, "tokens experts_per_token"],
+        ids: Int64[np.ndarray, " tokens"],
     ) -> None:
         """Count the assignments of some tokens."""
         ids = np.broadcast_to(ids[:, None], experts.shape)

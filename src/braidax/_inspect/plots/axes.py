@@ -81,7 +81,7 @@ def draw_lines(ax: Any, x: Any, y: Any, names: Sequence[str], label: str, refere
     style = {"color": foreground(ax), "linestyle": "--", "linewidth": 1.2, "zorder": 3}
     ax.axhline(0.0, label=reference, path_effects=outline, **style)
     ax.autoscale_view()  # keeps the line at 0 off the frame
-    inches = ax.get_position().width * ax.figure.get_figwidth()
+    inches = ax.bbox.width / ax.figure.dpi
     integer_ticks(ax.xaxis, min(8, max(2, int(1.5 * inches))))  # a step may have six digits
     if not many:
         ax.legend(

@@ -8,6 +8,7 @@ from jaxtyping import Array, Real
 
 from .axes import draw_lines, new_axes, require_matplotlib
 from .inputs import layer_names as checked_names
+from .inputs import on_host
 
 
 def plot_balance(
@@ -24,7 +25,7 @@ def plot_balance(
     **Arguments:**
 
     - `steps`: the training steps, `(steps,)`.
-    - `max_violation`: a ratio, `(steps, layers)`.
+    - `max_violation`: a ratio, `(steps, layers)`. NaN, a step without a token, is a gap.
     - `ax`: the `Axes` to draw in; by default those of a new figure, `ax.figure`. pyplot is never
       touched.
     - `layer_names`: one name a layer; by default its number, from 0.
@@ -38,14 +39,22 @@ def plot_balance(
         >>> ax.figure.savefig("balance.png")  # doctest: +SKIP
 
     **Raises:** `ImportError` without matplotlib, `ValueError` for shapes or names that do not
-    fit.
+    fit and for infinities, `TypeError` for traced arrays.
     """
     require_matplotlib()
-    steps, values = np.asarray(steps), np.asarray(max_violation, dtype=np.float64)
-    if steps.ndim != 1 or values.ndim != 2 or values.shape[0] != steps.shape[0]:
+    steps = on_host("steps", steps)
+    values = on_host("max_violation", max_violation).astype(np.float64)
+    if steps.ndim != 1 or values.ndim != 2 or len(values) != len(steps) or not values.size:
         raise ValueError(
-            "`steps` must be (steps,) and `max_violation` (steps, layers). "
+            "`steps` must be (steps,) and `max_violation` (steps, layers), not empty. "
             f"Got {steps.shape} and {values.shape}."
+        )
+    wrong = np.argwhere(np.isinf(values))
+    if len(wrong):
+        row, layer = wrong[0]
+        raise ValueError(
+            f"`max_violation` must not be infinite. Got {values[row, layer]} at step {steps[row]}, "
+            f"layer {layer}."
         )
     names = checked_names(layer_names, values.shape[1])
     if ax is None:

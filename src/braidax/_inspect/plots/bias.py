@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Real
 
 from .axes import draw_lines, new_axes, require_matplotlib
+from .inputs import on_host
 
 
 def plot_bias(
@@ -37,10 +38,10 @@ def plot_bias(
         [[0.0, 0.125], [0.0, -0.125]]
 
     **Raises:** `ImportError` without matplotlib, `ValueError` for shapes that do not fit and for a
-    bias that is not finite.
+    bias that is not finite, `TypeError` for traced arrays.
     """
     require_matplotlib()
-    steps, values = np.asarray(steps), np.asarray(bias).astype(np.float64)
+    steps, values = on_host("steps", steps), on_host("bias", bias).astype(np.float64)
     if steps.ndim != 1 or values.ndim != 2 or values.shape[0] != steps.shape[0] or not values.size:
         raise ValueError(
             "`steps` must be (steps,) and `bias` (steps, experts), not empty. "

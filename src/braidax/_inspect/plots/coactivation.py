@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int64, Integer
 
 from ..._routing import Routing
 from .axes import NO_VALUE, centred_ticks, counted, integer_ticks, new_axes, require_matplotlib
@@ -12,13 +12,14 @@ from .inputs import one_layer
 
 
 def coactivations(
-    indices: Int[np.ndarray, "tokens experts_per_token"], num_experts: int
-) -> Int[np.ndarray, "experts experts"]:
+    indices: Integer[np.ndarray, "tokens experts_per_token"], num_experts: int
+) -> Int64[np.ndarray, "experts experts"]:
     """Number of tokens that select both `i` and `j`; on the diagonal, of those that select `i`.
 
     Exact. An expert that a token names twice is one expert.
     """
-    indices = np.sort(indices, axis=1)
+    # Wide, because experts * experts is computed with them.
+    indices = np.sort(indices.astype(np.int64), axis=1)
     # Repetitions go to a place of their own, `num_experts`, which is cut off at the end.
     repeated = indices[:, 1:] == indices[:, :-1]
     indices[:, 1:][repeated] = num_experts
@@ -58,7 +59,7 @@ def plot_coactivation(routing: Routing | Sequence[Routing], *, ax: Any = None) -
         >>> ax.images[0].get_array().tolist()
         [[None, 0.5, 0.5], [1.0, None, 0.0], [1.0, 0.0, None]]
 
-    **Raises:** `ImportError` without matplotlib, `TypeError` for anything but `Routing`,
+    **Raises:** `ImportError` without matplotlib, `TypeError` for anything but a concrete `Routing`,
     `ValueError` for one expert per token, routings that differ in size and none but padding.
     """
     require_matplotlib()
@@ -78,6 +79,8 @@ def plot_coactivation(routing: Routing | Sequence[Routing], *, ax: Any = None) -
     share = np.ma.array(together / np.maximum(selected, 1), mask=hidden)
     chance = (experts_per_token - 1) / max(num_experts - 1, 1)
     largest = max(2 * chance, 0.0 if hidden.all() else float(share.max()))
+    if chance < 1:  # else the map needs a number above it
+        largest = min(largest, 1.0)
     norm = TwoSlopeNorm(vcenter=chance, vmin=0.0, vmax=largest)
     if ax is None:
         ax = new_axes(*((7.6, 6.4) if num_experts > 64 else (6.4, 5.4)))
@@ -93,5 +96,6 @@ def plot_coactivation(routing: Routing | Sequence[Routing], *, ax: Any = None) -
     )
     ticks = centred_ticks(chance, min(largest, 1.0))
     bar = ax.figure.colorbar(image, ax=ax, label="P(j selected | i selected)")
+    bar.ax.set_ylim(0.0, min(largest, 1.0))
     bar.set_ticks(ticks, labels=[f"{t:.3g}" + (" (chance)" if t == chance else "") for t in ticks])
     return ax

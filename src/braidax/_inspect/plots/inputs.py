@@ -3,10 +3,22 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ..._routing import Routing
+
+
+def on_host(name: str, array: Any) -> np.ndarray:
+    """The array in NumPy; `TypeError` for a traced one."""
+    try:
+        return np.asarray(array)
+    except jax.errors.TracerArrayConversionError:
+        raise TypeError(
+            f"`{name}` must be concrete, because it is drawn on the host. Got a traced array: "
+            "return it from the compiled function and plot it outside."
+        ) from None
 
 
 class Assignments(NamedTuple):
@@ -19,15 +31,15 @@ class Assignments(NamedTuple):
 
 
 def assignments(routing: Any) -> Assignments:
-    """Raises `TypeError` unless given a `Routing`, `ValueError` for an expert that does not
-    exist."""
+    """Raises `TypeError` unless given a concrete `Routing`, `ValueError` for an expert that does
+    not exist."""
     if not isinstance(routing, Routing):
         raise TypeError(f"`routing` must be a Routing. Got {type(routing).__name__}.")
     shape, num_experts = routing.indices.shape, routing.scores.shape[-1]
-    mask = np.ones(shape[:-1], bool) if routing.mask is None else np.asarray(routing.mask)
+    mask = np.ones(shape[:-1], bool) if routing.mask is None else on_host("routing", routing.mask)
     mask = mask.reshape(-1)
-    indices = np.asarray(routing.indices).astype(np.int64).reshape(mask.size, shape[-1])
-    weights = np.asarray(routing.weights).astype(np.float64).reshape(mask.size, shape[-1])
+    indices = on_host("routing", routing.indices).astype(np.int64).reshape(mask.size, shape[-1])
+    weights = on_host("routing", routing.weights).astype(np.float64).reshape(mask.size, shape[-1])
     counted = indices[mask]
     if np.any((counted < 0) | (counted >= num_experts)):
         raise ValueError(

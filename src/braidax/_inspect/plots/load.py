@@ -10,21 +10,24 @@ from ..._balance import expert_load
 from ..._routing import Routing
 from .axes import centred_ticks, integer_ticks, new_axes, require_matplotlib
 from .inputs import layer_names as checked_names
+from .inputs import on_host
 
 
 def _load_table(loads: Any) -> Float[np.ndarray, "layers experts"]:
+    if isinstance(loads, Routing):
+        loads = [loads]
     if isinstance(loads, Sequence) and all(isinstance(item, Routing) for item in loads):
-        rows = [np.asarray(expert_load(routing)) for routing in loads]
+        rows = [on_host("loads", expert_load(routing)) for routing in loads]
         if len({row.shape for row in rows}) > 1:
             raise ValueError(
                 "`loads` must hold routings with the same number of experts. "
                 f"Got {[row.shape[0] for row in rows]}."
             )
         loads = np.reshape(rows, (len(rows), -1)) if rows else np.zeros((0, 0))
-    table = np.asarray(loads, dtype=np.float64)
+    table = on_host("loads", loads).astype(np.float64)
     if table.ndim != 2 or table.size == 0:
         raise ValueError(
-            "`loads` must be a non-empty array (layers, experts) or a sequence of Routing. "
+            "`loads` must be a non-empty array (layers, experts) or one Routing or several. "
             f"Got shape {table.shape}."
         )
     wrong = ~(np.isfinite(table) & (table >= 0))
@@ -34,7 +37,10 @@ def _load_table(loads: Any) -> Float[np.ndarray, "layers experts"]:
 
 
 def plot_load(
-    loads: Real[Array, "layers experts"] | Real[np.ndarray, "layers experts"] | Sequence[Routing],
+    loads: Real[Array, "layers experts"]
+    | Real[np.ndarray, "layers experts"]
+    | Routing
+    | Sequence[Routing],
     *,
     ax: Any = None,
     layer_names: Sequence[str] | None = None,
@@ -45,7 +51,8 @@ def plot_load(
 
     **Arguments:**
 
-    - `loads`: assignments counted, `(layers, experts)`, or one `Routing` per layer.
+    - `loads`: assignments counted, `(layers, experts)`, or one `Routing` per layer, or one
+        of a single layer.
     - `ax`: the `Axes` to draw in; by default those of a new figure, `ax.figure`. pyplot is never
       touched.
     - `layer_names`: one name a layer; by default its number, from 0.
@@ -60,7 +67,7 @@ def plot_load(
         [[1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 0.0, 0.0]]
 
     **Raises:** `ImportError` without matplotlib, `ValueError` for shapes or names that do not fit
-    and for loads that are negative or not finite.
+    and for loads that are negative or not finite, `TypeError` for traced arrays.
     """
     require_matplotlib()
     from matplotlib.colors import TwoSlopeNorm

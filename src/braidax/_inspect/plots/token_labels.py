@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
+from .inputs import on_host
 
 # Longer tokens are cut: a line has room for about a hundred columns.
 _LONGEST = 24
@@ -44,7 +44,7 @@ def columns(label: str) -> int:
 
 
 def _array_items(tokens: Any) -> list[Any]:
-    array = np.asarray(tokens)
+    array = on_host("tokens", tokens)
     if array.ndim == 0:
         raise TypeError(f"`tokens` must be a sequence, bytes or an array of ids. Got {tokens!r}.")
     return list(array.flat)
