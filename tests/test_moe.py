@@ -403,3 +403,15 @@ def test_assignments_in_the_order_of_their_experts(experts):
     got = _sort(jnp.asarray(indices), jnp.arange(40, dtype=jnp.int32), experts)
     order = np.argsort(indices, kind="stable")
     np.testing.assert_array_equal(np.asarray(got), [indices[order], order])
+
+
+def test_numpy_input_gives_what_the_same_jax_array_gives():
+    # A process of its own: here the annotations, which name jax arrays, are checked.
+    program = (
+        "import braidax as bx, jax, numpy as np\n"
+        "block = bx.RoutedMoE.from_config(bx.MoEConfig.tiny(), 3, key=jax.random.key(0))\n"
+        "given = np.random.default_rng(0).standard_normal((4, 32), np.float32)\n"
+        "ours, _ = block(given)\n"
+        "assert np.array_equal(ours, block(jax.numpy.asarray(given))[0]), ours\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

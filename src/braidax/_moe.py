@@ -235,7 +235,7 @@ def routed_sum(
             weights = block.router.checked_weights(routing.weights, input_ids, mask)
             routing = eqx.tree_at(lambda routing: routing.weights, routing, weights)
     batch, hidden = hidden_states.shape[:-1], hidden_states.shape[-1]
-    tokens = zero_masked(hidden_states, routing.mask).reshape(-1, hidden)
+    tokens = zero_masked(jnp.asarray(hidden_states), routing.mask).reshape(-1, hidden)
     flat_mask = None if routing.mask is None else routing.mask.reshape(-1)
     indices = routing.indices.reshape(-1, routing.indices.shape[-1])
     weights = zero_masked(routing.weights, routing.mask).reshape(indices.shape)
