@@ -148,6 +148,6 @@ def test_the_backward_pass_holds_no_second_stack_of_gradients():
     stack = sum(leaf.nbytes for leaf in jax.tree.leaves(experts))
     memory = compiled.memory_analysis()
     assert memory.output_size_in_bytes > stack
-    # One expert's weights and products, of three, and one chunk's rows; a stack that each chunk
-    # fills and adds would be all three experts' more.
-    assert memory.temp_size_in_bytes < stack
+    # With so few rows the forward pass copies four experts at a time, 4/3 of this stack of three,
+    # beside one chunk's rows; a stack that each chunk fills and adds would be one more, 7/3.
+    assert memory.temp_size_in_bytes < 2 * stack
