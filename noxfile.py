@@ -66,7 +66,8 @@ def tests_lowest(session: nox.Session) -> None:
     """The same tests on the lowest version of every direct dependency."""
     requirements = (*PROJECT["project"]["dependencies"], *group("test"))
     session.install("-e", ".", *map(lowest, requirements))
-    session.run("pytest", *PARALLEL, *session.posargs)
+    # The pages of the site are run by `tests`: two minutes, and nothing of the library is only there.
+    session.run("pytest", *PARALLEL, "--ignore=tests/test_docs.py", *session.posargs)
 
 
 @nox.session

@@ -98,7 +98,7 @@ def layer_axes(router: AbstractRouter) -> tuple[int, ...]:
 
     Raises `ValueError` for a router without a weight.
     """
-    weight = getattr(router, "weight", None)
+    weight: Any = getattr(router, "weight", None)
     if not _is_array(weight):
         raise ValueError(
             f"`model` must hold routers with a weight. Got a {type(router).__name__} whose weight"
