@@ -66,7 +66,7 @@ def tests_lowest(session: nox.Session) -> None:
     """The same tests on the lowest version of every direct dependency."""
     requirements = (*PROJECT["project"]["dependencies"], *group("test"))
     session.install("-e", ".", *map(lowest, requirements))
-    # The pages of the site are run by `tests`: two minutes, and nothing of the library is only there.
+    # The pages of the site are run by `tests`; the library has its own tests for all that they do.
     session.run("pytest", *PARALLEL, "--ignore=tests/test_docs.py", *session.posargs)
 
 
