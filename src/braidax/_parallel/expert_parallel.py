@@ -60,8 +60,8 @@ class ExpertParallel:
         >>> block = parallel.shard(block)  # called as before; the answer is that of one device
         >>> parallel.shardings(block).routed.experts.down.spec[0]
         'expert'
-        >>> parallel.explicit, parallel.size, parallel.token_shards, parallel.exchange.__name__
-        (True, 1, 1, 'gather')
+        >>> parallel.size, parallel.token_shards, parallel.exchange.__name__
+        (1, 1, 'gather')
     """
 
     mesh: Mesh
