@@ -120,7 +120,7 @@ def summary(model: PyTree | MoEConfig) -> Summary:
         model, is_leaf=lambda node: _is_block(node) or is_packed(node)
     )
     blocks = tuple(count_block(_path(path), node) for path, node in nodes if _is_block(node))
-    rest = count_rest([(_path(path), leaf) for path, leaf in nodes if not _is_block(leaf)])
+    rest = count_rest([leaf for _, leaf in nodes if not _is_block(leaf)])
     return Summary(type(model).__name__, blocks, rest)
 
 

@@ -124,9 +124,9 @@ def count_block(path: str, block: RoutedMoE | RoutedAndSharedMoE) -> BlockSummar
     return BlockSummary(path, name, kind, layers, num_experts, chosen, tuple(parts))
 
 
-def count_rest(leaves: Sequence[tuple[str, Any]]) -> PartSummary | None:
+def count_rest(leaves: Sequence[Any]) -> PartSummary | None:
     """Parameters and bytes of what lies outside of the blocks; None for no array."""
-    arrays = [leaf for _, leaf in leaves if _is_array(leaf) or is_packed(leaf)]
+    arrays = [leaf for leaf in leaves if _is_array(leaf) or is_packed(leaf)]
     if not arrays:
         return None
     parameters = sum(map(_num_parameters, arrays))
