@@ -1,5 +1,7 @@
+import dataclasses
 import errno
 import hashlib
+import math
 import os
 import pathlib
 
@@ -7,6 +9,8 @@ import numpy as np
 import pytest
 
 from braidax._training.corpus import CorpusError, check_length, read_corpus
+from braidax._training.held_out import HeldOutPass
+from braidax._training.settings import Settings
 from braidax._training.windows import held_out_windows, training_windows
 
 
@@ -154,3 +158,17 @@ def test_held_out_windows_are_fixed_disjoint_and_spread():
     assert held_out_windows(data, count=4, length=9)[:, 0].tolist() == [0, 20, 50, 70]
     every = held_out_windows(data, count=1000, length=9)
     assert every.shape == (10, 10) and every.ravel().tolist() == list(range(100))
+
+
+def test_the_held_out_pass_is_the_mean_over_whole_batches(tmp_path):
+    """50 bytes are 5 windows of 10: two batches of 2, and one window left out."""
+    (tmp_path / "text").write_bytes(b"text" * 50)
+    corpus = read_corpus(str(tmp_path / "text"))
+    corpus = dataclasses.replace(corpus, held_out=np.arange(50, dtype=np.uint8))
+    losses = iter([math.log(2), 4 * math.log(2)] * 2)
+    settings = Settings(batch=2, length=9, eval_windows=100)
+    held_out = HeldOutPass(settings, corpus, lambda windows: (next(losses), windows[:, 0].tolist()))
+    for _ in range(2):  # a second pass begins anew
+        assert list(held_out) == [[0, 10], [20, 30]]
+        assert held_out.bits_per_byte == 2.5
+    assert held_out.num_bytes == 4 * 9

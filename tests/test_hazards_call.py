@@ -16,12 +16,24 @@ HIDDEN_STATES = jnp.zeros((2, 6, HIDDEN))
 ANY_ROUTER = {
     "a wrong width": ((HIDDEN_STATES[..., 1:], IDS), {}, ValueError, r"hidden=12\).*11\)"),
     "no axis": ((jnp.zeros(()), IDS), {}, ValueError, r"hidden=12\). Got \(\)"),
+    "a list": (
+        (HIDDEN_STATES.tolist(), IDS),
+        {},
+        TypeError,
+        "`hidden_states` must be an array.*list",
+    ),
     "integers": ((HIDDEN_STATES.astype(jnp.int32), IDS), {}, TypeError, "floating-point.*int32"),
     "a mask of numbers": (
         (HIDDEN_STATES, IDS),
         {"mask": jnp.ones((2, 6))},
         TypeError,
         "`mask` must have dtype bool. Got float32",
+    ),
+    "a list as mask": (
+        (HIDDEN_STATES, IDS),
+        {"mask": [[True] * 6] * 2},
+        TypeError,
+        "`mask` must be an array. Got a list",
     ),
     "a transposed mask": (
         (HIDDEN_STATES, IDS),
@@ -43,6 +55,12 @@ HASH_ROUTER = {
     "transposed ids": ((HIDDEN_STATES, IDS.T), {}, ValueError, r"\(2, 6\). Got \(6, 2\)"),
     "flat ids": ((HIDDEN_STATES, IDS.reshape(-1)), {}, ValueError, r"\(2, 6\). Got \(12,\)"),
     "an axis too many": ((HIDDEN_STATES, IDS[..., None]), {}, ValueError, r"Got \(2, 6, 1\)"),
+    "a list of ids": (
+        (HIDDEN_STATES, IDS.tolist()),
+        {},
+        TypeError,
+        "`input_ids` must be an array. Got a list",
+    ),
     "float ids": ((HIDDEN_STATES, IDS * 1.0), {}, TypeError, "integer dtype. Got float32"),
     "bool ids": ((HIDDEN_STATES, IDS > 0), {}, TypeError, "integer dtype. Got bool"),
 }
@@ -63,6 +81,26 @@ def test_a_call_is_refused_alike_eager_and_under_jit(
             call(*arguments, **options)
         messages.append(str(caught.value).splitlines()[0])
     assert len(set(messages)) == 1
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_layers_stacked_for_a_scan_are_not_called_as_one(kind, unchecked):
+    block = layer(kind)
+    routing = block(HIDDEN_STATES, IDS)[1]
+    stacked = jax.tree.map(
+        lambda leaf: jnp.stack([leaf] * 3) if eqx.is_array(leaf) else leaf, block
+    )
+    text = rf"`router.weight` must have shape \(experts, hidden\). Got \(3, {EXPERTS}, {HIDDEN}\)"
+    for call in (stacked, eqx.filter_jit(stacked), stacked.routed.router):
+        with pytest.raises(ValueError, match=text):
+            call(HIDDEN_STATES, IDS)
+    with pytest.raises(ValueError, match=text):
+        stacked(HIDDEN_STATES, routing=routing)
+
+
+def test_a_single_token_may_have_a_number_as_its_id(unchecked):
+    router = layer("hash").routed.router
+    assert router(HIDDEN_STATES[0, 0], 3).indices.tolist() == router.table[3].tolist()
 
 
 @pytest.mark.parametrize("backend", [case.name for case in BACKENDS])

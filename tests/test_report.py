@@ -315,12 +315,23 @@ def test_mistakes_are_named(unchecked, model):
     eight = one_routing(np.zeros((5, 2)), experts=8)
     says(ValueError, r"must start with the layer axes \(2,\)", eight, model=model[1])
     says(ValueError, "`model` must hold a router. Got a list", routing, model=[jnp.ones(3)])
-    says(ValueError, "`input_ids` must have the batch axes.*Got", routing, input_ids=IDS[:3])
+    says(
+        ValueError,
+        r"`input_ids` must have the batch axes.*Got \(3,\).$",
+        routing,
+        input_ids=IDS[:3],
+    )
     says(TypeError, "`input_ids` must have an integer dtype", routing, input_ids=IDS * 1.0)
     says(ValueError, "one array per batch. Got fewer", [[routing]] * 2, input_ids=[IDS])
     says(ValueError, "one array per batch. Got more", [[routing]], input_ids=[IDS, IDS])
     says(TypeError, "not an iterator", [[routing]], input_ids=iter([IDS]))
     says(ValueError, "one name per layer. Got 2 for 1", routing, layer_names=["a", "b"])
+    # Of layers stacked in a Routing, what tells them apart is said where something does not fit.
+    stacked = one_routing(np.zeros((2, 4, 2)), experts=8, dropped=[0, 0])
+    told_apart = "told apart by `model`"
+    says(ValueError, f"Got 2 for 1 layers.*{told_apart}", stacked, layer_names=["a", "b"])
+    says(ValueError, rf"\(2, 4\). Got \(4,\).*{told_apart}", stacked, input_ids=IDS)
+    says(ValueError, "Got 1 for 2 layers.$", stacked, model=model[1], layer_names=["a"])
     says(ValueError, "`num_top_tokens` must be at least 1", routing, num_top_tokens=0)
     not_text = "`decode` must return a str. Got 7 for id 7"
     says(TypeError, not_text, routing, input_ids=IDS, decode=int)

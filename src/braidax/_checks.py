@@ -59,9 +59,19 @@ def at_least_int32(array: Any) -> Any:
     return array.astype(jnp.int32) if jnp.result_type(array).itemsize < 4 else array
 
 
+def array_dtype(name: str, value: Any) -> jnp.dtype:
+    """The dtype that JAX takes `value` for; `TypeError` unless it is an array or a number."""
+    if not (hasattr(value, "dtype") or isinstance(value, numbers.Number)):
+        raise TypeError(
+            f"`{name}` must be an array. Got a {type(value).__name__}: convert it by "
+            "`jax.numpy.asarray`."
+        )
+    return jnp.result_type(value)
+
+
 def last_axis(name: str, array: Any, size: int, size_name: str) -> None:
     """`array` is floating point and its last axis has `size` entries."""
-    shape, dtype = jnp.shape(array), jnp.result_type(array)
+    dtype, shape = array_dtype(name, array), jnp.shape(array)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`{name}` must have a floating-point dtype. Got {dtype}.")
     if len(shape) == 0 or shape[-1] != size:

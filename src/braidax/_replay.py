@@ -4,9 +4,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ._checks import at_least_int32, last_axis
+from ._checks import at_least_int32
 from ._router import AbstractRouter
-from ._router.base import check_mask
+from ._router.base import check_hidden_states, check_mask
 from ._routing import Routing
 
 
@@ -44,7 +44,7 @@ def check_replay(
     routing: Routing,
 ) -> None:
     """`routing` fits these hidden states and this router; `ValueError` or `TypeError` if not."""
-    last_axis("hidden_states", hidden_states, router.weight.shape[-1], "hidden")
+    check_hidden_states(router, hidden_states)
     if mask is not None:
         raise ValueError("`mask` must be None when `routing` is given: it has its own. Got both.")
     batch, num_experts = hidden_states.shape[:-1], router.weight.shape[0]

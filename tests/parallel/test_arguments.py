@@ -57,6 +57,10 @@ def test_tokens(unchecked):
         model(hidden_states[..., :7], input_ids)
     with pytest.raises(ValueError, match=r"`input_ids` must have the shape.*\(4, 5\). Got \(5,\)"):
         model(hidden_states, input_ids[0])
+    with pytest.raises(TypeError, match="`hidden_states` must be an array. Got a list"):
+        model(hidden_states.tolist(), input_ids)
+    with pytest.raises(TypeError, match="`input_ids` must be an array. Got a list"):
+        model(hidden_states, input_ids.tolist())
     with pytest.raises(ValueError, match=r"`mask` must have the shape"):
         model(hidden_states, input_ids, mask=jnp.ones(4, bool))
     with pytest.raises(ValueError, match="`input_ids` must be given to a `HashRouter`"):

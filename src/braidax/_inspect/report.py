@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from .._checks import positive_integer
 from .._routing import Routing
-from .report_batches import count_all, find_routers, router_kinds
+from .report_batches import STACKED, count_all, find_routers, router_kinds
 from .report_counts import LayerCounts, entropy, max_violation
 from .report_record import Report
 from .top_tokens import TopToken
@@ -35,7 +35,8 @@ def report(
         one `Routing` a layer. It is read once, and a batch is counted and let go.
     - `model`: whatever holds the routers, in the order of the routings: a model, a block, a list
         of routers. It tells hash from top-k layers, which a `Routing` does not, and a router
-        stacked over layers takes a `Routing` whose first axes are those layers.
+        stacked over layers takes a `Routing` whose first axes are those layers. Without it every
+        `Routing` is one layer, and all its leading axes are tokens.
     - `input_ids`: the tokens' ids: an array of the routings' batch axes, or `bytes`; for batches
         one of them each (in a list, an array or a loader, not an iterator). For `top_tokens`.
     - `layer_names`: one name a layer; by default its number, from 0.
@@ -66,7 +67,7 @@ def report(
     if len(names) != len(layers):
         raise ValueError(
             "`layer_names` must hold one name per layer. "
-            f"Got {len(names)} for {len(layers)} layers."
+            f"Got {len(names)} for {len(layers)} layers.{'' if routers else STACKED}"
         )
     top_tokens = None
     if input_ids is not None:

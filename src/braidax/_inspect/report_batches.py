@@ -15,6 +15,8 @@ from .report_counts import LayerCounts
 from .summary_count import layer_axes, router_kind
 
 _MISSING: Any = object()
+# The layers of a scan cannot be told from the examples of a vmap, so they are not guessed.
+STACKED = " Layers stacked in one Routing are told apart by `model`."
 
 
 class _Layer(NamedTuple):
@@ -196,8 +198,10 @@ def _flat_ids(ids: Any, batch_shape: tuple[int, ...], name: str) -> Int[np.ndarr
     if not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"`input_ids` must have an integer dtype. Got {ids.dtype}.")
     if ids.shape != batch_shape:
+        hint = STACKED if batch_shape[-ids.ndim :] == ids.shape else ""
         raise ValueError(
-            f"`input_ids` must have the batch axes of `{name}`, {batch_shape}. Got {ids.shape}."
+            f"`input_ids` must have the batch axes of `{name}`, {batch_shape}. "
+            f"Got {ids.shape}.{hint}"
         )
     if ids.size and int(ids.max()) >= 2**63:
         raise ValueError(f"`input_ids` must be below 2**63. Got {ids.max()}.")

@@ -9,7 +9,15 @@ from jaxtyping import PyTree
 
 from .._config import MoEConfig
 from .._moe import RoutedAndSharedMoE, RoutedMoE
-from .summary_count import TOTALS, BlockSummary, PartSummary, count_block, count_rest, is_packed
+from .summary_count import (
+    TOTALS,
+    BlockSummary,
+    PartSummary,
+    count_block,
+    count_rest,
+    is_array,
+    is_packed,
+)
 from .summary_text import summary_html, summary_text
 
 
@@ -111,8 +119,7 @@ def summary(model: PyTree | MoEConfig) -> Summary:
     """
     if isinstance(model, MoEConfig):
         model = _layer_of(model)
-    leaves = jax.tree.leaves(model)
-    if isinstance(model, type) or not any(hasattr(leaf, "dtype") for leaf in leaves):
+    if isinstance(model, type) or not any(map(is_array, jax.tree.leaves(model))):
         raise TypeError(
             f"`model` must be a MoEConfig or a PyTree that holds arrays. Got {model!r:.200}."
         )

@@ -99,7 +99,7 @@ def layer_axes(router: AbstractRouter) -> tuple[int, ...]:
     Raises `ValueError` for a router without a weight.
     """
     weight: Any = getattr(router, "weight", None)
-    if not _is_array(weight):
+    if not is_array(weight):
         raise ValueError(
             f"`model` must hold routers with a weight. Got a {type(router).__name__} whose weight"
             f" is {weight!r:.60}: give the whole model, not a half of `eqx.partition`."
@@ -126,7 +126,7 @@ def count_block(path: str, block: RoutedMoE | RoutedAndSharedMoE) -> BlockSummar
 
 def count_rest(leaves: Sequence[Any]) -> PartSummary | None:
     """Parameters and bytes of what lies outside of the blocks; None for no array."""
-    arrays = [leaf for leaf in leaves if _is_array(leaf) or is_packed(leaf)]
+    arrays = [leaf for leaf in leaves if is_array(leaf) or is_packed(leaf)]
     if not arrays:
         return None
     parameters = sum(map(_num_parameters, arrays))
@@ -142,7 +142,7 @@ def _count_part(
     shapes = {}
     leaves = jax.tree_util.tree_leaves_with_path(module, is_leaf=is_packed)
     for path, leaf in leaves:
-        if not (_is_array(leaf) or is_packed(leaf)):
+        if not (is_array(leaf) or is_packed(leaf)):
             continue
         shapes[jax.tree_util.keystr(path).removeprefix(".")] = _shape(leaf)
         count = _num_parameters(leaf)
@@ -161,7 +161,8 @@ def is_packed(leaf: Any) -> bool:
     return isinstance(leaf, PackedMatrices)
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether it has a shape and a dtype, as a `jax.ShapeDtypeStruct` has too."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 

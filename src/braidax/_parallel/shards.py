@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray, PyTree
 
 from .._backends import find_backend
-from .._checks import last_axis
+from .._checks import array_dtype
 from .._moe import RoutedMoE
-from .._router.base import check_mask
+from .._router.base import check_hidden_states, check_mask
 from .._routing import Routing, zero_masked
 from .context import context_of
 from .exchange import Shard
@@ -74,10 +74,13 @@ def parallel_routed_sum(
 
 def _check_tokens(block, hidden_states, input_ids, mask) -> None:
     """Here, because inside the shapes are those of one device's part."""
-    last_axis("hidden_states", hidden_states, block.router.weight.shape[-1], "hidden")
+    check_hidden_states(block.router, hidden_states)
     batch = jnp.shape(hidden_states)[:-1]
     check_mask(mask, batch)
-    if input_ids is not None and jnp.shape(input_ids) != batch:
+    if input_ids is None:
+        return
+    array_dtype("input_ids", input_ids)
+    if jnp.shape(input_ids) != batch:
         raise ValueError(
             f"`input_ids` must have the shape of `hidden_states` without its last axis, {batch}. "
             f"Got {jnp.shape(input_ids)}."

@@ -18,7 +18,13 @@ from jaxtyping import (
     Real,
 )
 
-from .._checks import floating_dtype, last_axis, positive_integer, positive_number
+from .._checks import (
+    array_dtype,
+    floating_dtype,
+    last_axis,
+    positive_integer,
+    positive_number,
+)
 from .._routing import Routing, zero_masked
 from .._scoring import SCORE_FUNCTIONS
 
@@ -167,7 +173,7 @@ class AbstractRouter(eqx.Module):
         **Raises:** `ValueError` or `TypeError` at trace time for a wrong shape or dtype.
         """
         del key
-        last_axis("hidden_states", hidden_states, self.weight.shape[-1], "hidden")
+        check_hidden_states(self, hidden_states)
         check_mask(mask, hidden_states.shape[:-1])
         hidden_states = zero_masked(jnp.asarray(hidden_states), mask).astype(jnp.float32)
         logits = jnp.matmul(
@@ -195,12 +201,26 @@ class AbstractRouter(eqx.Module):
         )
 
 
+def check_hidden_states(
+    router: AbstractRouter, hidden_states: Float[Array, "*batch hidden"]
+) -> None:
+    """`router` is a single one, not stacked over layers, and `hidden_states` fit it."""
+    shape = router.weight.shape
+    if len(shape) != 2:
+        raise ValueError(
+            f"`router.weight` must have shape (experts, hidden). Got {shape}: layers stacked in "
+            "front are called one by one, by `jax.lax.scan` or `jax.vmap`."
+        )
+    last_axis("hidden_states", hidden_states, shape[-1], "hidden")
+
+
 def check_mask(mask: Bool[Array, "*batch"] | None, batch: tuple[int, ...]) -> None:
     """`mask` is None or a bool array with one entry for each token."""
     if mask is None:
         return
-    if jnp.result_type(mask) != jnp.bool_:
-        raise TypeError(f"`mask` must have dtype bool. Got {jnp.result_type(mask)}.")
+    dtype = array_dtype("mask", mask)
+    if dtype != jnp.bool_:
+        raise TypeError(f"`mask` must have dtype bool. Got {dtype}.")
     if jnp.shape(mask) != tuple(batch):
         raise ValueError(
             f"`mask` must have the shape of `hidden_states` without its last axis, "

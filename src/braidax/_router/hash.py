@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer, PRNGKeyArray
 
 from .. import hash_tables
-from .._checks import at_least_int32
+from .._checks import array_dtype, at_least_int32
 from .base import AbstractRouter
 
 
@@ -158,7 +158,7 @@ def _checked_ids(
         raise ValueError(
             "`input_ids` must be given to a `HashRouter`: it assigns experts by token id. Got None."
         )
-    dtype = jnp.result_type(input_ids)
+    dtype = array_dtype("input_ids", input_ids)
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"`input_ids` must have an integer dtype. Got {dtype}.")
     if jnp.shape(input_ids) != batch:

@@ -17,11 +17,11 @@ from .._balance import dead_experts, load_entropy, max_violation
 from .corpus import Corpus
 from .devices import Devices
 from .filters import trainable
+from .held_out import HeldOutPass
 from .language_model import LanguageModel
 from .progress import format_layers, read_history
 from .settings import Settings
 from .step import State, evaluate
-from .windows import held_out_batches
 
 
 def write_report(
@@ -33,7 +33,15 @@ def write_report(
     A figure that is not finite is null in it.
     """
     model, skipped = state.model, int(state.skipped)
-    bits_per_byte, num_bytes, loads = _held_out_pass(settings, corpus, devices, model)
+    held_out = HeldOutPass(
+        settings,
+        corpus,
+        lambda windows: devices.on_host(evaluate(model, jnp.asarray(devices.spread(windows)))),
+    )
+    loads = [np.zeros(settings.experts, np.int64) for _ in settings.layer_names()]
+    for batch_loads in held_out:
+        loads = [total + np.asarray(load) for total, load in zip(loads, batch_loads, strict=True)]
+    bits_per_byte, num_bytes = held_out.bits_per_byte, held_out.num_bytes
     layers = [_layer(name, load) for name, load in zip(settings.layer_names(), loads, strict=True)]
     total, active = _num_parameters(settings, model)
     report = {
@@ -82,25 +90,6 @@ def draw_balance(folder: pathlib.Path, settings: Settings) -> str:
     lower.set_title("Expert load on held-out text")
     figure.savefig(folder / "balance.png", dpi=150)
     return f"picture: {folder / 'balance.png'}"
-
-
-def _held_out_pass(
-    settings: Settings, corpus: Corpus, devices: Devices, model: LanguageModel
-) -> tuple[float, int, list[np.ndarray]]:
-    """`(bits per byte, bytes predicted, load of each routed layer)`."""
-    batches = held_out_batches(
-        corpus.held_out,
-        count=settings.eval_windows,
-        length=settings.length,
-        batch=settings.batch,
-    )
-    losses, loads = [], [np.zeros(settings.experts, np.int64) for _ in settings.layer_names()]
-    for batch_windows in batches:
-        evaluated = evaluate(model, jnp.asarray(devices.spread(batch_windows)))
-        loss, batch_loads = devices.on_host(evaluated)
-        losses.append(float(loss))
-        loads = [total + np.asarray(load) for total, load in zip(loads, batch_loads, strict=True)]
-    return math.fsum(losses) / len(losses) / math.log(2), batches[:, :, 1:].size, loads
 
 
 def _layer(name: str, load: Int[np.ndarray, " experts"]) -> dict:

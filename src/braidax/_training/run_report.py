@@ -1,7 +1,6 @@
 """`python -m braidax report`: what the routers of a trained run do with its held-out text."""
 
 import html
-import math
 import pathlib
 from collections.abc import Iterator
 
@@ -15,11 +14,11 @@ from .._inspect import Report, plot_coactivation, plot_load, plot_token_experts,
 from .._routing import Routing
 from . import checkpoint
 from .checkpoint import CheckpointError
+from .held_out import HeldOutPass
 from .language_model import LanguageModel
 from .memory import memory_errors_named
 from .settings import Settings, UserError
 from .step import initial_state, make_optimizer, next_byte_loss
-from .windows import held_out_batches
 
 _TOKENS_DRAWN = 256
 
@@ -39,31 +38,28 @@ def report_run(path: pathlib.Path, out: pathlib.Path | None) -> int:
     with memory_errors_named():
         like = initial_state(settings, make_optimizer(settings))
         model = checkpoint.load_state(folder, like).model
-    batches = held_out_batches(
-        corpus.held_out,
-        count=settings.eval_windows,
-        length=settings.length,
-        batch=settings.batch,
+    held_out = HeldOutPass(
+        settings, corpus, lambda windows: _loss_and_routings(model, jnp.asarray(windows))
     )
-    found = _HeldOutPass(model, batches)
+    last_layer: list[Routing] = []
     with memory_errors_named():
         figures = report(
-            found,
+            _keep_last_layer(held_out, last_layer),
             model=model,
-            input_ids=batches[:, :, :-1],
+            input_ids=held_out.windows[:, :, :-1],
             layer_names=[str(layer) for layer in range(settings.layers)],
             decode=byte_text,
         )
     title = (
         f"{folder}: step {header.step:,} of {settings.steps:,},"
-        f" {found.bits_per_byte():.4f} bits/byte on {batches[:, :, 1:].size:,} held-out bytes of"
+        f" {held_out.bits_per_byte:.4f} bits/byte on {held_out.num_bytes:,} held-out bytes of"
         f" {corpus.source}"
     )
     print(f"{title}\n\n{figures}")
     out = folder if out is None else out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        pictures, note = _draw(out, settings, figures, found, batches)
+        pictures, note = _draw(out, settings, figures, last_layer, held_out.windows)
         (out / "report.html").write_text(_page(title, figures, pictures), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot write to {out}: {error.strerror}") from error
@@ -76,25 +72,13 @@ def byte_text(token_id: int) -> str:
     return chr(token_id) if token_id < 128 else f"0x{token_id:02x}"
 
 
-class _HeldOutPass:
-    """Iterates over the routings of every batch, and keeps of them what pictures need: the
-    last layer's, and the losses."""
-
-    def __init__(self, model: LanguageModel, batches: Int[np.ndarray, "batches batch _"]):
-        self._model, self._batches = model, batches
-        self._losses: list[float] = []
-        self.last_layer: list[Routing] = []
-
-    def __iter__(self) -> Iterator[tuple[Routing, ...]]:
-        for windows in self._batches:
-            loss, routings = _loss_and_routings(self._model, jnp.asarray(windows))
-            self._losses.append(float(loss))
-            self.last_layer.append(jax.device_get(routings[-1]))
-            yield routings
-
-    def bits_per_byte(self) -> float:
-        """Of all batches that were asked for."""
-        return math.fsum(self._losses) / len(self._losses) / math.log(2)
+def _keep_last_layer(
+    held_out: HeldOutPass, last_layer: list[Routing]
+) -> Iterator[tuple[Routing, ...]]:
+    """The routings of every batch; what pictures need of them is added to `last_layer`."""
+    for routings in held_out:
+        last_layer.append(jax.device_get(routings[-1]))
+        yield routings
 
 
 @eqx.filter_jit
@@ -108,7 +92,7 @@ def _draw(
     out: pathlib.Path,
     settings: Settings,
     figures: Report,
-    found: _HeldOutPass,
+    last_layer: list[Routing],
     batches: Int[np.ndarray, "batches batch _"],
 ) -> tuple[list[str], str]:
     """The names of the pictures written, and a line to print if there are none."""
@@ -119,12 +103,10 @@ def _draw(
     last = f"layer {settings.layers - 1}"
     drawn = {"load.png": plot_load(figures.load, layer_names=settings.layer_names())}
     if settings.experts_per_token > 1:
-        ax = drawn["coactivation.png"] = plot_coactivation(found.last_layer)
+        ax = drawn["coactivation.png"] = plot_coactivation(last_layer)
         ax.set_title(f"{ax.get_title()}, {last}")
     count = min(settings.length, _TOKENS_DRAWN)
-    first = jax.tree.map(
-        lambda array: array[0, :count] if array.ndim else array, found.last_layer[0]
-    )
+    first = jax.tree.map(lambda array: array[0, :count] if array.ndim else array, last_layer[0])
     ax = drawn["token_experts.png"] = plot_token_experts(
         first, batches[0, 0, :count], decode=byte_text
     )

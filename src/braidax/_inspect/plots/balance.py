@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Array, Real
 
 from .axes import draw_lines, new_axes, require_matplotlib
+from .inputs import curves
 from .inputs import layer_names as checked_names
-from .inputs import on_host
 
 
 def plot_balance(
@@ -42,13 +42,7 @@ def plot_balance(
     fit and for infinities, `TypeError` for traced arrays.
     """
     require_matplotlib()
-    steps = on_host("steps", steps)
-    values = on_host("max_violation", max_violation).astype(np.float64)
-    if steps.ndim != 1 or values.ndim != 2 or len(values) != len(steps) or not values.size:
-        raise ValueError(
-            "`steps` must be (steps,) and `max_violation` (steps, layers), not empty. "
-            f"Got {steps.shape} and {values.shape}."
-        )
+    steps, values = curves(steps, "max_violation", max_violation, "layers")
     wrong = np.argwhere(np.isinf(values))
     if len(wrong):
         row, layer = wrong[0]

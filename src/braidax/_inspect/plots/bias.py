@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Real
 
 from .axes import draw_lines, new_axes, require_matplotlib
-from .inputs import on_host
+from .inputs import curves
 
 
 def plot_bias(
@@ -41,12 +41,7 @@ def plot_bias(
     bias that is not finite, `TypeError` for traced arrays.
     """
     require_matplotlib()
-    steps, values = on_host("steps", steps), on_host("bias", bias).astype(np.float64)
-    if steps.ndim != 1 or values.ndim != 2 or values.shape[0] != steps.shape[0] or not values.size:
-        raise ValueError(
-            "`steps` must be (steps,) and `bias` (steps, experts), not empty. "
-            f"Got {steps.shape} and {values.shape}."
-        )
+    steps, values = curves(steps, "bias", bias, "experts")
     wrong = np.argwhere(~np.isfinite(values))
     if len(wrong):
         row, expert = wrong[0]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int, Real
 
 from ..._routing import Routing
 
@@ -75,6 +75,23 @@ def one_layer(routing: Any) -> Assignments:
         np.ones(num_tokens, bool),
         parts[0].num_experts,
     )
+
+
+def curves(
+    steps: Any, name: str, values: Any, columns: str
+) -> tuple[Real[np.ndarray, " steps"], Float64[np.ndarray, "steps columns"]]:
+    """The steps, and the values called `name`, one row a step and one of the `columns` each.
+
+    Raises `ValueError` for shapes that do not fit and where nothing is to be drawn, `TypeError`
+    for traced arrays.
+    """
+    steps, values = on_host("steps", steps), on_host(name, values).astype(np.float64)
+    if steps.ndim != 1 or values.ndim != 2 or len(values) != len(steps) or not values.size:
+        raise ValueError(
+            f"`steps` must be (steps,) and `{name}` (steps, {columns}), not empty. "
+            f"Got {steps.shape} and {values.shape}."
+        )
+    return steps, values
 
 
 def layer_names(names: Sequence[str] | None, num_layers: int) -> list[str]:
