@@ -82,6 +82,7 @@ HAZARDS = (
         "expert weights that do not fit together or the router: ValueError",
         """hazards_construction::arrays_replaced_by_something_that_does_not_fit
         hazards_construction::fewer_experts_than_the_router_has
+        hazards_call::layers_stacked_for_a_scan_are_not_called_as_one
         moe::parts_of_different_sizes_are_refused
         hazards_precision::weights_of_another_dtype_than_the_tokens""",
     ),
@@ -95,7 +96,8 @@ HAZARDS = (
     _row(
         11,
         "ids of any other shape than the tokens: ValueError, never broadcast",
-        "hazards_call::a_call_is_refused_alike_eager_and_under_jit moe::call_errors",
+        """hazards_call::a_call_is_refused_alike_eager_and_under_jit
+        hazards_call::a_single_token_may_have_a_number_as_its_id moe::call_errors""",
     ),
     _row(
         12,
