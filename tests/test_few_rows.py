@@ -1,4 +1,4 @@
-"""Inference with a handful of rows per expert: the `blocks` backend's path for decoding."""
+"""Inference with a handful of rows per expert, or one: the paths of `blocks` for decoding."""
 
 import equinox as eqx
 import jax
@@ -11,20 +11,26 @@ from cases import assert_close
 import braidax as bx
 from braidax._backends import find_backend
 from braidax._experts.few_rows import tile_size
+from braidax._experts.single_rows import are_single_rows
 
 GROUPS, HIDDEN, INTERMEDIATE, LIMIT = 6, 10, 7, 1.0
 ROWS = 13  # In no tile and no step of four tiles a whole number of times.
 # With float32 weights, half of the groups or more in use are multiplied with the whole stack first.
 GROUP_SIZES = {
-    "whole stack, tiles overflow": [9, 1, 0, 3, 0, 0],
-    "whole stack, every group": [2, 3, 2, 1, 3, 2],
-    "whole stack, rows of no group": [0, 1, 3, 0, 2, 1],
-    "blocks, all on the first": [13, 0, 0, 0, 0, 0],
-    "blocks, all on the last": [0, 0, 0, 0, 0, 13],
-    "blocks, full tiles and rows of no group": [0, 8, 0, 0, 4, 0],
-    "blocks, nothing": [0, 0, 0, 0, 0, 0],
+    "whole stack, tiles overflow": (ROWS, [9, 1, 0, 3, 0, 0]),
+    "whole stack, every group": (ROWS, [2, 3, 2, 1, 3, 2]),
+    "whole stack, rows of no group": (ROWS, [0, 1, 3, 0, 2, 1]),
+    "blocks, all on the first": (ROWS, [13, 0, 0, 0, 0, 0]),
+    "blocks, all on the last": (ROWS, [0, 0, 0, 0, 0, 13]),
+    "blocks, full tiles and rows of no group": (ROWS, [0, 8, 0, 0, 4, 0]),
+    "blocks, nothing": (ROWS, [0, 0, 0, 0, 0, 0]),
+    # No more rows than groups.
+    "single rows, one each": (6, [1, 1, 1, 1, 1, 1]),
+    "single rows, odd, some groups twice": (5, [0, 2, 0, 1, 0, 2]),
+    "single rows, odd, rows of no group": (5, [1, 0, 0, 0, 0, 2]),
+    "single rows, nothing": (5, [0, 0, 0, 0, 0, 0]),
 }
-patterns = pytest.mark.parametrize("sizes", GROUP_SIZES.values(), ids=GROUP_SIZES)
+patterns = pytest.mark.parametrize("num_rows, sizes", GROUP_SIZES.values(), ids=GROUP_SIZES)
 dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 
 
@@ -56,9 +62,9 @@ def exact(experts, rows, sizes):
 
 @dtypes
 @patterns
-def test_equals_the_oracle(sizes, dtype):
+def test_equals_the_oracle(num_rows, sizes, dtype):
     """bfloat16 weights are widened, which is exact, and rows of float32 stay so."""
-    experts, rows = make_experts(dtype), make_rows(ROWS)
+    experts, rows = make_experts(dtype), make_rows(num_rows)
     output = infer(experts, rows, jnp.array(sizes, jnp.int32))
     assert output.dtype == jnp.float32
     assert_close(output, exact(experts, rows, sizes))
@@ -78,38 +84,61 @@ def test_sizes_at_the_edges(num_rows, groups, dtype):
 
 @dtypes
 @patterns
-def test_nan_stays_with_its_own(sizes, dtype):
+def test_nan_stays_with_its_own(num_rows, sizes, dtype):
     """In one row, in the rows of no group and in one expert, used or not."""
-    experts, rows = make_experts(dtype), make_rows(ROWS)
+    experts, rows = make_experts(dtype), make_rows(num_rows)
     desired, owned = exact(experts, rows, sizes), sum(sizes)
     group = np.repeat(np.arange(GROUPS), sizes)
     row = owned // 2
-    bad_rows = rows.at[jnp.array([row, *range(owned, ROWS)])].set(jnp.nan)
+    bad_rows = rows.at[jnp.array([row, *range(owned, num_rows)])].set(jnp.nan)
     for bad in range(GROUPS):
         poisoned = jax.tree.map(lambda stack, bad=bad: stack.at[bad].set(jnp.nan), experts)
         output = np.asarray(infer(poisoned, bad_rows, jnp.array(sizes, jnp.int32)))
-        reached = np.zeros(ROWS, bool)
+        reached = np.zeros(num_rows, bool)
         reached[:owned] = group == bad
         reached[row] |= row < owned
         assert np.isnan(output[reached]).all()
         assert_close(output[~reached], desired[~reached])
 
 
+@dtypes
 @pytest.mark.parametrize(
-    "num_rows, num_groups, size",
+    "hidden, intermediate",
     [
-        (1, 1, 8),
-        (6, 256, 8),  # One token of DeepSeek-V4-Flash: no tile under 8 rows.
-        (768, 256, 8),  # 128 tokens.
-        (1024, 256, 8),
-        (1025, 256, 16),  # Twice the mean is a little more than 8.
-        (4096, 256, 32),
-        (4097, 256, None),  # The mean group is larger than 16 rows.
-        (17, 1, None),
-        (0, 4, None),
+        (8192, 200),  # Both contracted axes in parts: a vector under 16 KB, copies under 4 MB.
+        (4099, 7),  # A prime number has no parts.
     ],
 )
-def test_tile_size(num_rows, num_groups, size):
+def test_single_rows_of_real_width(hidden, intermediate, dtype):
+    experts = bx.SwiGLUExperts(
+        3, hidden, intermediate, limit=LIMIT, dtype=dtype, key=jax.random.key(0)
+    )
+    rows, sizes = jax.random.normal(jax.random.key(1), (3, hidden)), [2, 0, 1]
+    assert are_single_rows(3, 3)
+    output = infer(experts, rows, jnp.array(sizes, jnp.int32))
+    assert_close(output, exact(experts, rows, sizes))
+
+
+@pytest.mark.parametrize(
+    "num_rows, num_groups, single, size",
+    [
+        (0, 4, False, None),
+        (1, 1, True, 4),
+        (6, 256, True, 4),  # One token of DeepSeek-V4-Flash.
+        (256, 256, True, 4),
+        (257, 256, False, 4),
+        (512, 256, False, 4),
+        (513, 256, False, 8),
+        (768, 256, False, 8),  # 128 tokens.
+        (1536, 256, False, 8),  # A mean group and a third of it are 8.
+        (1537, 256, False, 16),
+        (4096, 256, False, 24),
+        (4097, 256, False, None),  # The mean group is larger than 16 rows.
+        (17, 1, False, None),
+    ],
+)
+def test_what_is_chosen(num_rows, num_groups, single, size):
+    assert are_single_rows(num_rows, num_groups) is single
     assert tile_size(num_rows, num_groups) == size
 
 

@@ -15,6 +15,7 @@ from .blocks import at_smallest_size, block_sizes, live_rows, of_group, plan_blo
 from .feed_forward import Activation, FeedForwardKernels
 from .few_rows import forward_few_rows, tile_size
 from .grouped_matmul import accumulation_dtype
+from .single_rows import are_single_rows, forward_single_rows
 
 
 def _dot(a, b, contract_a, contract_b):
@@ -35,6 +36,11 @@ def _write(array, block, begin, live):
     return jax.lax.dynamic_update_slice_in_dim(array, jnp.where(live, block, previous), begin, 0)
 
 
+def _owned(rows, group_sizes):
+    """Rows of no group are zero."""
+    return jnp.where((jnp.arange(rows.shape[0]) < group_sizes.sum())[:, None], rows, 0)
+
+
 def _forward(
     rows: Float[Array, "rows hidden"],
     up: Float[Array, "groups up hidden"],
@@ -46,11 +52,15 @@ def _forward(
 ):
     num_rows = rows.shape[0]
     dtype = accumulation_dtype(rows, up, down)
-    # Like the rows: inside `jax.shard_map` a loop's carry has to vary over the mesh as they do.
-    outputs = [
-        jax.lax.full_like(rows, 0, dtype, (num_rows, size)) for size in (down.shape[2], up.shape[1])
-    ]
-    outputs = tuple(outputs if save else outputs[:1])
+    if save:
+        # Like the rows: inside `jax.shard_map` a loop's carry has to vary over the mesh as they do.
+        outputs = tuple(
+            jax.lax.full_like(rows, 0, dtype, (num_rows, size))
+            for size in (down.shape[2], up.shape[1])
+        )
+    else:
+        # Nobody needs the rows any more: a block's are replaced by what comes of them, in place.
+        outputs = (_owned(rows, group_sizes).astype(dtype),)
     if num_rows > 0:
         sizes = block_sizes(num_rows, up.shape[0])
         blocks = plan_blocks(group_sizes, num_rows, sizes[-1])
@@ -61,7 +71,7 @@ def _forward(
             first_row = jnp.minimum(start, num_rows - sizes[-1])
 
             def compute(size):
-                block, begin = window(rows, start, size, dtype)
+                block, begin = window(rows if save else outputs[0], start, size, dtype)
                 before = _dot(block, matrix_up, 1, 1)
                 activations = activation(before)
                 results = (_dot(activations, matrix_down, 1, 0), before)[: len(outputs)]
@@ -92,8 +102,7 @@ def _backward(
     dtype = accumulation_dtype(rows, up, down)
     narrow = jnp.result_type(rows, up)
     # A block's cotangent is replaced by what comes of it, in place.
-    owned = (jnp.arange(num_rows) < group_sizes.sum())[:, None]
-    outputs = (jnp.where(owned, cotangent, 0).astype(dtype),)
+    outputs = (_owned(cotangent, group_sizes).astype(dtype),)
     if sums is None:
         outputs += tuple(jax.lax.full_like(rows, 0, dtype, stack.shape) for stack in (up, down))
     else:
@@ -147,6 +156,8 @@ def _infer(
     group_sizes: Int[Array, " groups"],
     activation: Activation,
 ):
+    if are_single_rows(rows.shape[0], up.shape[0]):
+        return forward_single_rows(rows, up, down, group_sizes, activation)
     size = tile_size(rows.shape[0], up.shape[0])
     if size is None:
         return _forward(rows, up, down, group_sizes, activation, save=False)

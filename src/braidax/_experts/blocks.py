@@ -90,16 +90,27 @@ def of_group(
     stack: Float[Array, "groups a b"], group: Int[Array, ""], dtype: jnp.dtype
 ) -> Float[Array, "a b"]:
     """One matrix of the stack, widened to `dtype`. Called in a loop over `group`."""
+    return part_of_group(stack, group, (0, 0), (stack.shape[1], stack.shape[2]), dtype)
+
+
+def part_of_group(
+    stack: Float[Array, "groups _a _b"],
+    group: Int[Array, ""],
+    begin: tuple[int | Int[Array, ""], int | Int[Array, ""]],
+    shape: tuple[int, int],
+    dtype: jnp.dtype,
+) -> Float[Array, "a b"]:
+    """The part of one matrix of the stack that starts at `begin`, widened to `dtype`."""
     narrow = stack.dtype
     if narrow.itemsize >= 4:
-        return jax.lax.dynamic_index_in_dim(stack, group, keepdims=False).astype(dtype)
+        return jax.lax.dynamic_slice(stack, (group, *begin), (1, *shape))[0].astype(dtype)
     # XLA slices narrow floats on a CPU by widening the whole stack, once, before the loop; as
     # integers it does not, nor can what depends on the loop's counter leave the loop.
     stack, group = jax.lax.optimization_barrier((stack, group))
     integer = {1: jnp.uint8, 2: jnp.uint16}[narrow.itemsize]
     bits = jax.lax.bitcast_convert_type(stack, integer)
-    matrix = jax.lax.dynamic_index_in_dim(bits, group, keepdims=False)
-    return jax.lax.bitcast_convert_type(matrix, narrow).astype(dtype)
+    part = jax.lax.dynamic_slice(bits, (group, *begin), (1, *shape))[0]
+    return jax.lax.bitcast_convert_type(part, narrow).astype(dtype)
 
 
 def _multiply(
