@@ -40,23 +40,25 @@ def ours(workload: Workload, arrays: Arrays, backend: str, direction: str) -> Ca
         jnp.asarray(array, workload.dtype) for array in (arrays.hidden_states, arrays.cotangent)
     )
 
-    def forward(experts, hidden_states, weights):
+    def forward(experts, hidden_states, weights, routing):
         given = eqx.tree_at(lambda routing: routing.weights, routing, weights)
         replaced = eqx.tree_at(lambda block: block.experts, block, experts)
         return replaced(hidden_states, routing=given)[0]
 
-    def run(experts, hidden_states, weights, cotangent):
+    def run(experts, hidden_states, weights, routing, cotangent):
+        called = partial(forward, routing=routing)
         if direction == "forward":
-            return forward(experts, hidden_states, weights)
-        output, vjp = eqx.filter_vjp(forward, experts, hidden_states, weights)
+            return called(experts, hidden_states, weights)
+        output, vjp = eqx.filter_vjp(called, experts, hidden_states, weights)
         return output, vjp(cotangent)
 
-    return _compiled(run, block.experts, hidden_states, routing.weights, cotangent)
+    return _compiled(run, block.experts, hidden_states, routing.weights, routing, cotangent)
 
 
 def _compiled(function: Callable[..., object], *arguments: object) -> Call:
-    """A call of the compiled function that hands over bare arrays: a layer inside of somebody's
-    model has no modules to take apart either, which would be a quarter of decoding one token."""
+    """A call of the compiled function, of which no array is a constant: XLA would sort the
+    assignments while it compiles. It is handed bare arrays: a layer inside of somebody's model has
+    no modules to take apart either, which would be a quarter of decoding one token."""
     arrays, rest = eqx.partition(arguments, eqx.is_array)
     leaves, structure = jax.tree.flatten(arrays)
 
