@@ -29,6 +29,12 @@ BACKEND_NAMES = [case.name for case in BACKENDS]
 every_backend = pytest.mark.parametrize("backend", BACKEND_NAMES)
 
 
+# Called eagerly, a block has each of its operations compiled by itself: `test_replay_errors` does.
+@eqx.filter_jit
+def call(block, *inputs, **options):
+    return block(*inputs, **options)
+
+
 def replay(indices, weights, mask=None):
     """A routing that says exactly this."""
     scores = jnp.zeros((*indices.shape[:-1], EXPERTS))
@@ -93,7 +99,7 @@ def test_values_and_all_gradients_against_the_oracle(name, backend, remat):
 def test_routed_and_shared_against_the_oracle(kind, backend):
     block = make_block(bx, kind, backend)
     hidden_states, input_ids = make_inputs()
-    output, routing = eqx.filter_jit(block)(hidden_states, input_ids)
+    output, routing = call(block, hidden_states, input_ids)
     tokens = np.asarray(hidden_states, np.float64).reshape(-1, HIDDEN)
     weights = jax.tree.map(
         lambda a: np.asarray(a, np.float64), (block.routed.experts, block.shared)
@@ -116,10 +122,16 @@ def test_routed_and_shared_against_the_oracle(kind, backend):
 def test_zero_tokens(backend):
     block = make_block(bx, "top_k", backend)
     hidden_states = jnp.zeros((0, HIDDEN))
-    output, routing = block(hidden_states)
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad(has_aux=True)
+    def run(block):
+        output, routing = block(hidden_states)
+        return jnp.sum(output), (output, routing)
+
+    (_, (output, routing)), gradient = run(block)
     assert output.shape == (0, HIDDEN)
     assert bx.expert_load(routing).tolist() == [0] * EXPERTS
-    gradient = eqx.filter_grad(lambda b: jnp.sum(b(hidden_states)[0]))(block)
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
 
 
@@ -129,7 +141,7 @@ def test_one_expert_and_all_experts(backend):
     for experts, slots in ((1, 1), (3, 3)):
         router = bx.TopKRouter(HIDDEN, experts, slots, key=jax.random.key(1))
         stack = bx.SwiGLUExperts(experts, HIDDEN, INTERMEDIATE, key=jax.random.key(2))
-        output, routing = bx.RoutedMoE(router, stack, backend=backend)(hidden_states)
+        output, routing = call(bx.RoutedMoE(router, stack, backend=backend), hidden_states)
         want = oracle.routed(
             np.asarray(hidden_states, np.float64),
             np.asarray(routing.indices),
@@ -179,16 +191,17 @@ def test_a_masked_token_reaches_nothing(backend):
     mask = jnp.asarray([True, True, False, True, False, True])
     dirty = hidden_states.at[2].set(jnp.nan).at[4].set(jnp.inf)
 
-    def loss(block, hidden_states, input_ids):
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad(has_aux=True)
+    def run(inputs, input_ids):
+        block, hidden_states = inputs
         output, routing = block(hidden_states, input_ids, mask=mask)
         return jnp.sum(jnp.sin(output)), (output, routing)
 
-    (_, (output, routing)), gradient = eqx.filter_value_and_grad(loss, has_aux=True)(
-        block, dirty, input_ids.at[2].set(-1)
-    )
-    token_gradient = jax.grad(lambda x: loss(block, x, input_ids)[0])(dirty)
+    (_, (output, routing)), gradients = run((block, dirty), input_ids.at[2].set(-1))
+    gradient, token_gradient = gradients
     kept = np.flatnonzero(np.asarray(mask))
-    alone, _ = block(hidden_states[kept], input_ids[kept])
+    alone, _ = call(block, hidden_states[kept], input_ids[kept])
     assert_close(output[kept], alone)
     assert not np.asarray(output)[[2, 4]].any() and not np.asarray(token_gradient)[[2, 4]].any()
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(gradient))
@@ -198,8 +211,8 @@ def test_a_masked_token_reaches_nothing(backend):
 def test_an_unknown_id_changes_no_other_token():
     block = make_block(bx, "hash", "blocks")
     hidden_states, input_ids = make_inputs((6,))
-    clean, _ = block(hidden_states, input_ids)
-    output, _ = block(hidden_states, input_ids.at[3].set(10_000))
+    clean, _ = call(block, hidden_states, input_ids)
+    output, _ = call(block, hidden_states, input_ids.at[3].set(10_000))
     assert np.isnan(np.asarray(output[3])).all()
     others = [0, 1, 2, 4, 5]
     # Different assignments share blocks with other rows, which must not show in a single bit.
@@ -211,18 +224,17 @@ def test_an_expert_named_twice_counts_twice():
     block = make_block(bx, "top_k", "blocks").routed
     twice = replay(np.full((4, 2), 2, np.int32), weights)
     once = replay(np.full((4, 1), 2, np.int32), weights.sum(axis=1, keepdims=True))
-    assert_close(block(tokens, routing=twice)[0], block(tokens, routing=once)[0])
+    assert_close(call(block, tokens, routing=twice)[0], call(block, tokens, routing=once)[0])
 
 
 def test_permuting_tokens_and_splitting_batches_changes_nothing():
     block = make_block(bx, "hash", "blocks")
     hidden_states, input_ids = make_inputs((24,))
-    call = eqx.filter_jit(block)
-    output, _ = call(hidden_states, input_ids)
+    output, _ = call(block, hidden_states, input_ids)
     order = np.random.default_rng(0).permutation(24)
-    shuffled, _ = call(hidden_states[order], input_ids[order])
+    shuffled, _ = call(block, hidden_states[order], input_ids[order])
     assert_close(shuffled, output[order])
-    halves = [call(hidden_states[s], input_ids[s])[0] for s in (slice(0, 7), slice(7, 24))]
+    halves = [call(block, hidden_states[s], input_ids[s])[0] for s in (slice(0, 7), slice(7, 24))]
     assert_close(jnp.concatenate(halves), output)
 
 
@@ -232,9 +244,9 @@ def test_layer_zero_routes_by_id_alone_and_layer_three_by_hidden_state():
     other_states, other_ids = hidden_states[::-1] * 2, (input_ids + 7) % 50
     for layer_idx, by_id in ((0, True), (1, True), (2, True), (3, False)):
         block = bx.RoutedAndSharedMoE.from_config(config, layer_idx, key=jax.random.key(layer_idx))
-        indices = block(hidden_states, input_ids)[1].indices
-        same_ids = block(other_states, input_ids)[1].indices
-        same_states = block(hidden_states, other_ids)[1].indices
+        indices = call(block, hidden_states, input_ids)[1].indices
+        same_ids = call(block, other_states, input_ids)[1].indices
+        same_states = call(block, hidden_states, other_ids)[1].indices
         assert bool((indices == same_ids).all()) == by_id
         assert bool((indices == same_states).all()) == (not by_id)
         if by_id:
@@ -257,9 +269,9 @@ CALL_ERRORS = [
 @pytest.mark.parametrize("kind, shape, ids, error, text", CALL_ERRORS)
 def test_call_errors(kind, shape, ids, error, text, unchecked):
     block = make_block(bx, kind, "blocks")
-    for call in (block, eqx.filter_jit(block)):
+    for function in (block, eqx.filter_jit(block)):
         with pytest.raises(error, match=text):
-            call(jnp.zeros(shape), ids)
+            function(jnp.zeros(shape), ids)
 
 
 def test_replay_errors(unchecked):
@@ -311,9 +323,10 @@ def test_the_default_backend_on_a_cpu():
 def test_replaying_an_index_of_no_expert_poisons_its_token_only(bad, backend):
     block = make_block(bx, "top_k", backend).routed
     hidden_states, _ = make_inputs((6,))
-    clean, routing = block(hidden_states)
+    _, routing = call(block, hidden_states)
+    clean, _ = call(block, hidden_states, routing=routing)
     broken = eqx.tree_at(lambda r: r.indices, routing, routing.indices.at[2, 1].set(bad))
-    output, _ = block(hidden_states, routing=broken)
+    output, _ = call(block, hidden_states, routing=broken)
     assert np.isnan(np.asarray(output[2])).all()
     others = [0, 1, 3, 4, 5]
     np.testing.assert_array_equal(np.asarray(output)[others], np.asarray(clean)[others])
@@ -337,16 +350,18 @@ def test_a_masked_row_stops_nan_in_both_directions(backend):
     block = make_block(bx, "top_k", backend).routed
     hidden_states, _ = make_inputs((6,))
     mask = jnp.arange(6) != 2
-    _, routing = block(hidden_states, mask=mask)
+    _, routing = call(block, hidden_states, mask=mask)
     dirty = eqx.tree_at(lambda r: r.weights, routing, routing.weights.at[2].set(jnp.nan))
-    assert not np.asarray(block(hidden_states, routing=dirty)[0][2]).any()
+    assert not np.asarray(call(block, hidden_states, routing=dirty)[0][2]).any()
 
-    def loss(block):
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradient(block):
         factor = jnp.where(mask, 1.0, jnp.nan)[:, None]
         return jnp.sum(factor * block(hidden_states, mask=mask)[0])
 
-    gradient = eqx.filter_grad(loss)(block)
-    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(gradient))
+    leaves = jax.tree.leaves(gradient(block))
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves)
 
 
 def test_parts_of_different_sizes_are_refused():

@@ -22,6 +22,32 @@ def loss(block, hidden_states, input_ids):
     return jnp.sum(jnp.sin(block(hidden_states, input_ids)[0]))
 
 
+# Compiled whole: called eagerly, a block has each of its operations compiled by itself.
+@eqx.filter_jit
+def forward(block, *inputs, mask=None):
+    return block(*inputs, mask=mask)[0]
+
+
+@eqx.filter_jit
+def mapped(block, *inputs):
+    """The outputs of `jax.vmap(block)` and of that mapped once more."""
+    return jax.vmap(block)(*inputs)[0], jax.vmap(jax.vmap(block))(*inputs)[0]
+
+
+@eqx.filter_jit
+def grad_of_vmap(block, hidden_states, input_ids):
+    def total(pair):
+        block, hidden_states = pair
+        return jnp.sum(jnp.sin(jax.vmap(block)(hidden_states, input_ids)[0]))
+
+    return eqx.filter_grad(total)((block, hidden_states))
+
+
+@eqx.filter_jit
+def per_example(block, hidden_states, input_ids):
+    return jax.vmap(lambda x, ids: eqx.filter_grad(loss)(block, x, ids))(hidden_states, input_ids)
+
+
 def assert_trees_close(actual, desired):
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
         assert_close(a, b)
@@ -37,7 +63,7 @@ def oracle(request):
     examples = list(zip(hidden_states, input_ids, strict=True))
     return (
         request.param,
-        jnp.stack([block(x, ids)[0] for x, ids in examples]),
+        jnp.stack([forward(block, x, ids) for x, ids in examples]),
         [gradient(block, x, ids) for x, ids in examples],
         jnp.stack([input_gradient(block, x, ids) for x, ids in examples]),
     )
@@ -49,33 +75,24 @@ def test_vmap_and_grad_either_way_round(oracle, backend):
     block = make_block(bx, kind, backend)
     hidden_states, input_ids = make_inputs((3, 6))
 
-    assert_close(block(hidden_states, input_ids)[0], outputs)
-    assert_close(jax.vmap(block)(hidden_states, input_ids)[0], outputs)
-    assert_close(jax.vmap(jax.vmap(block))(hidden_states, input_ids)[0], outputs)
-
-    @eqx.filter_jit
-    def per_example(block, hidden_states, input_ids):
-        return jax.vmap(lambda x, ids: eqx.filter_grad(loss)(block, x, ids))(
-            hidden_states, input_ids
-        )
-
+    assert_close(forward(block, hidden_states, input_ids), outputs)
+    for output in mapped(block, hidden_states, input_ids):
+        assert_close(output, outputs)
     assert_trees_close(
         per_example(block, hidden_states, input_ids),
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients),
     )
-
-    @eqx.filter_jit
-    def grad_of_vmap(block, hidden_states):
-        def total(pair):
-            block, hidden_states = pair
-            return jnp.sum(jnp.sin(jax.vmap(block)(hidden_states, input_ids)[0]))
-
-        return eqx.filter_grad(total)((block, hidden_states))
-
-    block_gradient, hidden_gradient = grad_of_vmap(block, hidden_states)
+    block_gradient, hidden_gradient = grad_of_vmap(block, hidden_states, input_ids)
     summed = jax.tree.map(lambda *leaves: sum(leaves), *gradients)
     assert_trees_close(block_gradient, summed)
     assert_close(hidden_gradient, input_gradients)
+
+
+def test_eager_vmap(oracle):
+    """Operation by operation, as in a notebook."""
+    kind, outputs, _, _ = oracle
+    block = make_block(bx, kind, "blocks")
+    assert_close(jax.vmap(block)(*make_inputs((3, 6)))[0], outputs)
 
 
 @every_sorted_backend
@@ -84,18 +101,21 @@ def test_vmap_with_masks_of_different_lengths(backend):
     hidden_states, input_ids = make_inputs((3, 6))
     mask = jnp.arange(6)[None] < jnp.asarray([6, 2, 0])[:, None]
     block, dense = make_block(bx, "top_k", backend), make_block(bx, "top_k", "dense")
-    call = lambda b, x, i, m: b(x, i, mask=m)[0]  # noqa: E731
-    axes = (None, 0, 0, 0)
-    got = jax.vmap(call, in_axes=axes)(block, hidden_states, input_ids, mask)
-    assert_close(got, dense(hidden_states, input_ids, mask=mask)[0])
 
-    def gradient(block):
-        def one(x, ids, m):
-            return eqx.filter_grad(lambda b: jnp.sum(jnp.sin(call(b, x, ids, m))))(block)
+    @eqx.filter_jit
+    def mapped_with_gradient(block):
+        def loss(block, x, ids, mask):
+            output, _ = block(x, ids, mask=mask)
+            return jnp.sum(jnp.sin(output)), output
 
-        return jax.vmap(one)(hidden_states, input_ids, mask)
+        value_and_grad = eqx.filter_value_and_grad(loss, has_aux=True)
+        run = jax.vmap(value_and_grad, in_axes=(None, 0, 0, 0))
+        (_, output), gradient = run(block, hidden_states, input_ids, mask)
+        return output, gradient
 
-    assert_trees_close(gradient(block), gradient(dense))
+    (output, gradient), (_, desired) = map(mapped_with_gradient, (block, dense))
+    assert_close(output, forward(dense, hidden_states, input_ids, mask=mask))
+    assert_trees_close(gradient, desired)
 
 
 def test_ensemble_of_blocks():
@@ -105,10 +125,11 @@ def test_ensemble_of_blocks():
     blocks = [make(key) for key in keys]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
     hidden_states, _ = make_inputs((3, 6))
-    mapped = eqx.filter_vmap(lambda block, x: block(x)[0])(stacked, hidden_states)
-    assert_close(mapped, jnp.stack([b(x)[0] for b, x in zip(blocks, hidden_states, strict=True)]))
-    alone = eqx.filter_vmap(lambda block: block(hidden_states[0])[0])(stacked)
-    assert_close(alone, jnp.stack([b(hidden_states[0])[0] for b in blocks]))
+    both = eqx.filter_jit(eqx.filter_vmap(forward))(stacked, hidden_states)
+    examples = zip(blocks, hidden_states, strict=True)
+    assert_close(both, jnp.stack([forward(block, x) for block, x in examples]))
+    alone = eqx.filter_jit(eqx.filter_vmap(lambda block: forward(block, hidden_states[0])))(stacked)
+    assert_close(alone, jnp.stack([forward(block, hidden_states[0]) for block in blocks]))
 
 
 @every_kind
@@ -117,27 +138,36 @@ def test_scan_over_stacked_layers(kind):
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
     hidden_states, input_ids = make_inputs()
 
-    def by_scan(stacked, hidden_states):
+    def by_scan(stacked):
         def layer(x, block):
             output, routing = block(x, input_ids)
             return x + output, routing
 
         return jax.lax.scan(layer, hidden_states, stacked)
 
-    def by_loop(stacked, hidden_states):
+    def by_loop(stacked):
+        output = hidden_states
         for i in range(3):
             block = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-            hidden_states = hidden_states + block(hidden_states, input_ids)[0]
-        return hidden_states
+            output = output + block(output, input_ids)[0]
+        return output, None
 
-    output, routings = by_scan(stacked, hidden_states)
-    assert_close(output, by_loop(stacked, hidden_states))
-    assert routings.indices.shape == (3, *input_ids.shape, 3)
-    total = lambda run: eqx.filter_grad(lambda s: jnp.sum(jnp.sin(run(s, hidden_states))))  # noqa: E731
-    assert_trees_close(
-        eqx.filter_jit(total(lambda s, x: by_scan(s, x)[0]))(stacked),
-        eqx.filter_jit(total(by_loop))(stacked),
+    def value_and_gradient(run):
+        def loss(stacked):
+            output, routings = run(stacked)
+            return jnp.sum(jnp.sin(output)), (output, routings)
+
+        (_, auxiliary), gradient = eqx.filter_jit(eqx.filter_value_and_grad(loss, has_aux=True))(
+            stacked
+        )
+        return *auxiliary, gradient
+
+    (output, routings, gradient), (desired, _, desired_gradient) = map(
+        value_and_gradient, (by_scan, by_loop)
     )
+    assert_close(output, desired)
+    assert routings.indices.shape == (3, *input_ids.shape, 3)
+    assert_trees_close(gradient, desired_gradient)
 
 
 @every_kind
@@ -160,7 +190,7 @@ def test_reverse_over_reverse():
     def curvature(backend):
         block = make_block(bx, "top_k", backend)
         inner = jax.grad(lambda x: loss(block, x, input_ids))
-        return jax.grad(lambda x: jnp.sum(inner(x) ** 2))(hidden_states)
+        return jax.jit(jax.grad(lambda x: jnp.sum(inner(x) ** 2)))(hidden_states)
 
     assert_close(curvature("blocks"), curvature("dense"))
 
@@ -169,9 +199,10 @@ def test_forward_mode_on_the_dense_backend():
     block = make_block(bx, "top_k", "dense")
     hidden_states, _ = make_inputs((4,))
     tangent = jax.random.normal(jax.random.key(8), hidden_states.shape)
-    forward = jax.jvp(lambda x: block(x)[0], (hidden_states,), (tangent,))[1]
-    jacobian = jax.jacrev(lambda x: block(x)[0])(hidden_states)
-    assert_close(forward, jnp.tensordot(jacobian, tangent, axes=2))
+    output = lambda x: forward(block, x)  # noqa: E731
+    directional = jax.jvp(output, (hidden_states,), (tangent,))[1]
+    jacobian = jax.jacrev(output)(hidden_states)
+    assert_close(directional, jnp.tensordot(jacobian, tangent, axes=2))
     with pytest.raises(TypeError, match="forward-mode"):
         sorted_block = make_block(bx, "top_k", "blocks")
         jax.jvp(lambda x: sorted_block(x)[0], (hidden_states,), (tangent,))
