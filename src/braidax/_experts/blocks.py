@@ -102,14 +102,15 @@ def part_of_group(
 ) -> Float[Array, "a b"]:
     """The part of one matrix of the stack that starts at `begin`, widened to `dtype`."""
     narrow = stack.dtype
+    row, column = (jnp.asarray(index, group.dtype) for index in begin)
     if narrow.itemsize >= 4:
-        return jax.lax.dynamic_slice(stack, (group, *begin), (1, *shape))[0].astype(dtype)
+        return jax.lax.dynamic_slice(stack, (group, row, column), (1, *shape))[0].astype(dtype)
     # XLA slices narrow floats on a CPU by widening the whole stack, once, before the loop; as
     # integers it does not, nor can what depends on the loop's counter leave the loop.
     stack, group = jax.lax.optimization_barrier((stack, group))
     integer = {1: jnp.uint8, 2: jnp.uint16}[narrow.itemsize]
     bits = jax.lax.bitcast_convert_type(stack, integer)
-    part = jax.lax.dynamic_slice(bits, (group, *begin), (1, *shape))[0]
+    part = jax.lax.dynamic_slice(bits, (group, row, column), (1, *shape))[0]
     return jax.lax.bitcast_convert_type(part, narrow).astype(dtype)
 
 
