@@ -135,8 +135,11 @@ def test_the_planner_knows_what_is_held(strategy, capacity, shape):
     sizes = traffic.Sizes(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, local_tokens(shape), 4)
     planned = traffic.working_bytes(strategy, sizes, shape[1], capacity, CHUNK)
     memory = compile_block(strategy, shape, False, capacity).memory_analysis()
-    # Not all that is planned for is alive at once; what is not planned for is small.
-    assert 0.7 * planned < memory.temp_size_in_bytes < 1.15 * planned
+    # `blocks` holds one chunk of rows, over which it writes their outputs, and nothing of
+    # intermediate width.
+    in_place = math.ceil(CHUNK * sizes.tokens * SLOTS) * 4 * (HIDDEN + 3 * INTERMEDIATE)
+    # Not all of that is alive at once; what is not planned for is small.
+    assert 0.7 * (planned - in_place) < memory.temp_size_in_bytes < 1.15 * planned
     arguments = traffic.weight_bytes(sizes, shape[1])
     arguments += 4 * HIDDEN * (EXPERTS + sizes.tokens)  # the router and the tokens
     assert memory.argument_size_in_bytes == pytest.approx(arguments, rel=1e-3)

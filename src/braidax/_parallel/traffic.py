@@ -76,8 +76,8 @@ def working_bytes(
     strategy: str, sizes: Sizes, size: int, capacity: float | None, chunk: float
 ) -> int:
     """The largest buffers of the forward pass: tokens and sums on both sides of the exchange, and
-    one chunk of assignments in the experts, its rows of intermediate width included: the backend
-    `blocks` does not hold those."""
+    one chunk of assignments in the experts: rows, outputs and what is of intermediate width. The
+    backend `blocks` holds only the rows, over which it writes the outputs."""
     assignment = sizes.hidden * (sizes.item + _SUM)
     assignment += sizes.intermediate * (2 * _SUM + sizes.item)
     own = math.ceil(chunk * sizes.tokens * sizes.experts_per_token)
