@@ -4,8 +4,8 @@ Each notebook is paired with a source in jupytext's percent format, the file to 
 copy in memory is executed. The command fails where a cell fails, where the new outputs are not the
 stored ones (`compare.py` says how equal they must be), or where source and notebook disagree.
 `--write` makes the notebook from its source, executes it in place and keeps only what a reader
-wants: no standard error, no times, no kernel version. Two notebooks are executed at a time, with
-`--write` one: the times in the stored outputs are those of a machine that does nothing else.
+wants: no standard error, no times of cells, no kernel version. Two notebooks are executed at a
+time, with `--write` one: times that they print are to be those of a machine that does nothing else.
 """
 
 import argparse

@@ -139,10 +139,10 @@ def test_memory_of_the_default_backend():
     assert temporary + output <= 3 * (row + pre_activations) + weights
 
 
-@pytest.mark.parametrize("tokens", [4, 1024])
+@pytest.mark.parametrize("tokens", [4, 32, 1024])
 def test_bfloat16_weights_are_widened_one_expert_at_a_time(tokens):
     """XLA on a CPU would widen the whole stack to float32 before the loop: twice its own size.
-    With 4 tokens it is inference with few rows per expert, with 1024 the loop over blocks."""
+    With 4 tokens inference takes single rows, with 32 tiles, with 1024 the loop over blocks."""
     hidden, intermediate, experts, slots = sizes = (256, 512, 64, 6)
     parameters, forward, gradient = functions(top_k_block(sizes, backend="blocks"))
     parameters = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parameters)

@@ -24,6 +24,11 @@ GROUP_SIZES = {
     "blocks, all on the last": (ROWS, [0, 0, 0, 0, 0, 13]),
     "blocks, full tiles and rows of no group": (ROWS, [0, 8, 0, 0, 4, 0]),
     "blocks, nothing": (ROWS, [0, 0, 0, 0, 0, 0]),
+    "whole stack, the smallest tiles overflow": (11, [7, 0, 1, 2, 0, 0]),
+    "blocks, three of the smallest tiles": (9, [9, 0, 0, 0, 0, 0]),
+    # More than 16 rows for a group: a loop over blocks that replaces them by their outputs.
+    "large blocks and rows of no group": (150, [70, 0, 1, 40, 0, 30]),
+    "large blocks, all on the last": (150, [0, 0, 0, 0, 0, 150]),
     # No more rows than groups.
     "single rows, one each": (6, [1, 1, 1, 1, 1, 1]),
     "single rows, odd, some groups twice": (5, [0, 2, 0, 1, 0, 2]),
@@ -117,6 +122,22 @@ def test_single_rows_of_real_width(hidden, intermediate, dtype):
     assert are_single_rows(3, 3)
     output = infer(experts, rows, jnp.array(sizes, jnp.int32))
     assert_close(output, exact(experts, rows, sizes))
+
+
+@pytest.mark.parametrize("num_rows", [3, 9, 150])
+def test_no_intermediate_width(num_rows):
+    """Nothing is computed, nothing fails: each output is an empty sum."""
+    experts = jax.tree.map(lambda stack: stack[:, :0], make_experts(jnp.float32, 3))
+    output = infer(experts, make_rows(num_rows), jnp.array([num_rows, 0, 0], jnp.int32))
+    assert output.shape == (num_rows, HIDDEN) and not np.asarray(output).any()
+
+
+def test_single_rows_hold_two_parts_of_one_matrix():
+    """The up-projection is read in place; of the down-projection two parts of 4 MB are copied."""
+    experts = bx.SwiGLUExperts(8, 4096, 512, limit=LIMIT, key=jax.random.key(0))
+    arguments = (experts, jnp.zeros((4, 4096)), jnp.zeros(8, jnp.int32))
+    memory = infer.lower(*arguments).compile().compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 9.5e6 < experts.down[0].nbytes + experts.gate_up[0].nbytes
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """The feed-forward network of decoding a token or a few: about one row for each expert, or less.
 
 Every row reads the matrices of its group, whoever else reads them, as matrix-vector products in
-loops. XLA reads a slice in place when a product with one vector of less than 16 KB is all that is
-made of it, and when its contracted axis comes first, as in `vector @ slice.T`; it copies any other
-slice. So the up-projection, whose contracted axis lies last, costs one reading of its weights.
+loops. XLA:CPU reads a slice in place where a product `vector @ slice.T` with a vector of less than
+16 KB is all that is made of it: so the up-projection, stored with its contracted axis last, costs
+one reading of its weights. The down-projection has that axis first. It is copied before it is
+multiplied, in parts that are still in cache then.
 """
 
 import jax
@@ -46,6 +47,8 @@ def _products(rows, stack, group, count, *, transposed: bool):
     others. A product is that of a part of the contracted axis; a step makes two of them."""
     num_rows, contracted = rows.shape
     size_out = stack.shape[1 if transposed else 2]
+    if contracted == 0 or size_out == 0:
+        return jax.lax.full_like(rows, 0, rows.dtype, (num_rows, size_out))
     most_bytes = _VECTOR_BYTES - 1 if transposed else _COPY_BYTES // size_out
     size = _part(contracted, max(most_bytes // rows.dtype.itemsize, 1))
     parts = contracted // size
