@@ -106,6 +106,17 @@ def test_nan_stays_with_its_own(num_rows, sizes, dtype):
         assert_close(output[~reached], desired[~reached])
 
 
+@pytest.mark.parametrize("num_rows", [3, 11, 150])
+def test_float64(num_rows):
+    """With single rows, tiles and blocks."""
+    sizes = [num_rows - 2, 0, 1, 0, 0, 0]
+    with jax.enable_x64(True):
+        experts, rows = make_experts(jnp.float64), make_rows(num_rows).astype(jnp.float64)
+        output = infer(experts, rows, jnp.array(sizes, jnp.int32))
+    assert output.dtype == jnp.float64
+    np.testing.assert_allclose(output, exact(experts, rows, sizes), rtol=1e-12, atol=1e-14)
+
+
 @dtypes
 @pytest.mark.parametrize(
     "hidden, intermediate",

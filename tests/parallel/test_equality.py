@@ -1,6 +1,7 @@
 """Many devices give what one device gives: outputs, gradients, loads, optimizer steps."""
 
 import functools
+import itertools
 
 import equinox as eqx
 import jax
@@ -40,6 +41,13 @@ TRAINED = [
 @functools.cache
 def one_device(batch, num_experts=8):
     return train(make_block(num_experts=num_experts), make_tokens(*batch))
+
+
+def test_every_pair_is_trained():
+    axes = (STRATEGIES, KINDS, BATCHES)
+    for one, other in itertools.combinations(range(3), 2):
+        wanted = set(itertools.product(axes[one], axes[other]))
+        assert {(case[one], case[other]) for case in TRAINED} == wanted
 
 
 @pytest.mark.parametrize("strategy, kind, batch", TRAINED)
