@@ -1,6 +1,7 @@
 """vmap, grad, scan, checkpoint, jit and serialisation of the block, with either router."""
 
 import io
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -199,7 +200,7 @@ def test_forward_mode_on_the_dense_backend():
     block = make_block(bx, "top_k", "dense")
     hidden_states, _ = make_inputs((4,))
     tangent = jax.random.normal(jax.random.key(8), hidden_states.shape)
-    output = lambda x: forward(block, x)  # noqa: E731
+    output = partial(forward, block)
     directional = jax.jvp(output, (hidden_states,), (tangent,))[1]
     jacobian = jax.jacrev(output)(hidden_states)
     assert_close(directional, jnp.tensordot(jacobian, tangent, axes=2))
