@@ -1,6 +1,8 @@
 """Mixture-of-experts routing for Equinox and JAX."""
 
 # Hash tables: token -> experts
+# Products
+from . import _matmul as matmul
 from . import hash_tables as hash_tables
 from ._balance import dead_experts as dead_experts
 from ._balance import expert_load as expert_load
@@ -21,12 +23,17 @@ from ._checkpoint import to_state_dict as to_state_dict
 
 # Configuration
 from ._config import MoEConfig as MoEConfig
-from ._config import is_hash_layer as is_hash_layer
+
+# Dispatch
+from ._dispatch import AbstractDispatch as AbstractDispatch
+from ._dispatch import DenseDispatch as DenseDispatch
+from ._dispatch import SortedDispatch as SortedDispatch
 
 # Experts
 from ._experts import AbstractExperts as AbstractExperts
-from ._experts import SwiGLU as SwiGLU
-from ._experts import SwiGLUExperts as SwiGLUExperts
+from ._experts import Experts as Experts
+from ._experts import FeedForward as FeedForward
+from ._experts import activations as activations
 
 # Looking
 from ._inspect import plot_balance as plot_balance
@@ -37,10 +44,13 @@ from ._inspect import plot_token_experts as plot_token_experts
 from ._inspect import plot_weights as plot_weights
 from ._inspect import report as report
 from ._inspect import summary as summary
+from ._matmul import AbstractGroupedMatmul as AbstractGroupedMatmul
+from ._matmul import GroupedMatmul as GroupedMatmul
 
 # Blocks
 from ._moe import RoutedAndSharedMoE as RoutedAndSharedMoE
 from ._moe import RoutedMoE as RoutedMoE
+from ._moe import top_k_moe as top_k_moe
 
 # Scale
 from ._parallel import ExpertParallel as ExpertParallel
@@ -48,11 +58,13 @@ from ._parallel import plan as plan
 
 # Routers
 from ._router import AbstractRouter as AbstractRouter
+from ._router import Gate as Gate
 from ._router import HashRouter as HashRouter
 from ._router import TopKRouter as TopKRouter
 
 # Records
 from ._routing import Routing as Routing
+from ._routing import over_capacity as over_capacity
 
 # Scoring
 from ._scoring import sqrt_softplus as sqrt_softplus

@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32, Integer, Real
 
 from ._mesh import reduction_on_any_mesh
-from ._routing import Routing
+from ._routing import Routing, without_masked
 
 
 def count_assignments(
@@ -17,9 +17,8 @@ def count_assignments(
     mask: Bool[Array, "*batch"] | None,
     num_experts: int,
 ) -> Int32[Array, " experts"]:
-    """Number of unmasked entries of `indices` equal to each expert."""
-    if mask is not None:
-        indices = jnp.where(mask[..., None], indices, num_experts)
+    """Number of unmasked entries of `indices` equal to each expert; nobody is not counted."""
+    indices = without_masked(indices, mask, num_experts)
     # Sorted, because a scatter is slow on accelerators and a one-hot as large as the scores.
     ordered = jnp.sort(indices.reshape(-1))
     edges = jnp.searchsorted(ordered, jnp.arange(num_experts + 1, dtype=indices.dtype))
@@ -31,7 +30,7 @@ def expert_load(routing: Routing) -> Int32[Array, " experts"]:
     """Assignments that each expert receives, `(experts,)` int32.
 
     All leading axes of `routing` are summed (micro-batches, devices gathered by `vmap` or `scan`);
-    masked tokens are not counted. A token that names an expert twice counts twice.
+    padding and nobody are not counted. A token that names an expert twice counts twice.
 
     **Example:**
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from ._mesh import reduction_on_any_mesh
 from ._routing import Routing
-from ._scoring import normalise
+from ._scoring import normalized
 
 
 def _largest(
@@ -46,7 +46,7 @@ def _balance_loss(
     num_tokens = jnp.sum(mask, axis=-1, dtype=jnp.int32)
     divisor = jnp.maximum(num_tokens, 1)[:, None].astype(jnp.float32)
     fractions = counts.astype(jnp.float32) * (num_experts / experts_per_token) / divisor
-    shares = jnp.sum(jnp.where(mask[..., None], normalise(scores), 0), axis=1) / divisor
+    shares = jnp.sum(jnp.where(mask[..., None], normalized(scores), 0), axis=1) / divisor
     losses = jnp.sum(fractions * shares, axis=-1)
     num_groups = jnp.sum(num_tokens > 0, dtype=jnp.int32)
     return jnp.sum(losses) / jnp.maximum(num_groups, 1).astype(jnp.float32)

@@ -44,9 +44,9 @@ def boolean(name: str, value: object) -> bool:
 
 
 def floating_dtype(name: str, value: object) -> jnp.dtype:
-    """`value` as a floating-point dtype that weights can have; `TypeError` or `ValueError`
-    otherwise."""
-    dtype = jnp.dtype(value)
+    """`value` as a floating-point dtype that weights can have, JAX's own for `None`; `TypeError`
+    or `ValueError` otherwise."""
+    dtype = jnp.dtype(value) if value is not None else jnp.result_type(float)
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
         raise TypeError(f"`{name}` must be a floating-point dtype of 16 bits or more. Got {dtype}.")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
@@ -81,7 +81,8 @@ def last_axis(name: str, array: Any, size: int, size_name: str) -> None:
 
 
 def same_sizes(name: str, sizes: Any, wanted: Any, meaning: str) -> None:
-    """`sizes` are the `wanted` ones, which are `meaning` to a reader of the `ValueError`."""
+    """Raise `ValueError` unless `sizes` equals `wanted`; `meaning` describes `wanted` in the
+    message."""
     if tuple(sizes) != tuple(wanted):
         raise ValueError(f"`{name}` must have {meaning}, {tuple(wanted)}. Got {tuple(sizes)}.")
 

@@ -1,24 +1,24 @@
 """`MoEConfig`: every number that fixes a mixture-of-experts layer, and the released presets."""
 
 import dataclasses
-import numbers
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from jax.core import Tracer
+from jaxtyping import Array, Float
 
-from ._checks import integer, one_line, positive_integer, positive_number
+from ._checks import integer, one_line
 from ._config_file import fields_from_hf, read_config
+from ._scoring import sqrt_softplus
 
-_POSITIVE_INTEGERS = (
-    *("hidden_size", "intermediate_size", "num_experts", "num_experts_per_token", "vocab_size"),
-    *("num_groups", "num_selected_groups"),
-)
-_POSITIVE_NUMBERS = ("scaling_factor", "swiglu_limit", "shared_swiglu_limit", "temperature")
-_MAY_BE_NONE = ("vocab_size", "swiglu_limit", "shared_swiglu_limit")
-_set = object.__setattr__  # the dataclass is frozen; only construction writes
-KNOWN_SCORE_FUNCTIONS = ("sqrtsoftplus", "sigmoid", "softmax")
+# The released names of score functions.
+_SCORE_FUNCTIONS: dict[str, Callable[[Float[Array, "..."]], Float[Array, "..."]]] = {
+    "sqrtsoftplus": sqrt_softplus,
+    "sigmoid": jax.nn.sigmoid,
+    "softmax": jax.nn.softmax,
+}
 
 
 class _SameAsSwigluLimit:
@@ -32,22 +32,23 @@ _SAME_AS_SWIGLU_LIMIT: Any = _SameAsSwigluLimit()
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """The numbers of one model's mixture-of-experts layers, validated at construction.
+    """The numbers of one model's mixture-of-experts layers: a record.
+
+    Nothing is checked here. The constructors of the layers check what they are given.
 
     - `hidden_size`, `intermediate_size`: features of a token, and inside one expert.
     - `num_experts`, `num_experts_per_token`: routed experts, and how many each token goes to.
     - `vocab_size`: token ids; needed only by hash layers.
     - `num_shared_experts`: experts that every token passes.
-    - `score_function`: `"sqrtsoftplus"`, `"sigmoid"` or `"softmax"`.
-    - `normalize`: whether the selected scores are divided by their sum.
+    - `score_function`: a released name, `"sqrtsoftplus"`, `"sigmoid"` or `"softmax"`.
+    - `normalize`: whether the selected scores are divided by their sum. DeepSeek models with
+      softmax scores have `False`.
     - `scaling_factor`: multiplies the weights, last.
     - `num_groups`, `num_selected_groups`: groups of experts, and how many of them a token may use.
     - `num_hash_layers`: the first so many layers are routed by token id.
     - `swiglu_limit`, `shared_swiglu_limit`: clamp the activations of the routed experts and of the
       shared one (by default the same value, fixed at construction); `None` is no clamp.
     - `temperature`: divides the logits (`gate_temp` in DeepSeek-V4.1).
-
-    **Raises:** `TypeError` for a value of the wrong type and `ValueError` for one out of range.
 
     **Source:** the `config.json` of DeepSeek-V3 (arXiv:2412.19437), DeepSeek-V4 (arXiv:2606.19348)
     and DeepSeek-V4.1.
@@ -69,50 +70,38 @@ class MoEConfig:
     num_shared_experts: int = 1
     score_function: str = "sqrtsoftplus"
     normalize: bool = True
-    scaling_factor: int | float = 1.0  # beartype does not let `float` include int
+    scaling_factor: float | int = 1.0
     num_groups: int = 1
     num_selected_groups: int = 1
     num_hash_layers: int = 0
-    swiglu_limit: int | float | None = None
-    shared_swiglu_limit: int | float | None = _SAME_AS_SWIGLU_LIMIT
-    temperature: int | float = 1.0
+    swiglu_limit: float | int | None = None
+    shared_swiglu_limit: float | int | None = _SAME_AS_SWIGLU_LIMIT
+    temperature: float | int = 1.0
 
     def __post_init__(self):
         if self.shared_swiglu_limit is _SAME_AS_SWIGLU_LIMIT:
-            _set(self, "shared_swiglu_limit", self.swiglu_limit)
-        for name, value in vars(self).items():
-            _check_size(name, value)
-        checks = dict.fromkeys(_POSITIVE_INTEGERS, positive_integer)
-        for name, check in {**checks, **dict.fromkeys(_POSITIVE_NUMBERS, positive_number)}.items():
-            value = getattr(self, name)
-            if not (value is None and name in _MAY_BE_NONE):
-                _set(self, name, check(name, value))
-        if not isinstance(self.normalize, bool):
-            raise TypeError(f"`normalize` must be a bool. Got {self.normalize!r}.")
-        for name in ("num_shared_experts", "num_hash_layers"):
-            _set(self, name, integer(name, getattr(self, name), 0))
-        self._check_combinations()
+            object.__setattr__(self, "shared_swiglu_limit", self.swiglu_limit)
 
-    def _check_combinations(self):
-        known = self.score_function in KNOWN_SCORE_FUNCTIONS
-        names = ", ".join(KNOWN_SCORE_FUNCTIONS)
-        _require(known, "score_function", f"be one of {names}", repr(self.score_function))
-        experts, per_token = self.num_experts, self.num_experts_per_token
-        given = f"{per_token} and {experts}"
-        _require(per_token <= experts, "num_experts_per_token", "be at most `num_experts`", given)
-        has_ids = self.num_hash_layers == 0 or self.vocab_size is not None
-        _require(has_ids, "vocab_size", "be given when `num_hash_layers` is above 0", "None")
-        groups, selected = self.num_groups, self.num_selected_groups
-        given = f"{groups} groups of {experts} experts"
-        _require(experts % groups == 0, "num_groups", "divide `num_experts`", given)
-        size = experts // groups
-        # A group is ranked by the sum of its two best scores.
-        _require(groups == 1 or size >= 2, "num_groups", "leave 2 or more experts a group", given)
-        given = f"{selected} and {groups}"
-        _require(selected <= groups, "num_selected_groups", "be at most `num_groups`", given)
-        given = f"{per_token} and {selected} groups of {size}"
-        fits = per_token <= selected * size
-        _require(fits, "num_experts_per_token", "fit in the selected groups", given)
+    def is_hash_layer(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` (from 0) routes by token id: one of the first
+        `num_hash_layers`.
+
+        The answer decides which parameters exist, so `layer_idx` must be static, not traced.
+
+        **Raises:** `TypeError` for anything but an integer (traced, a bool) and `ValueError` below
+        0.
+
+        **Example:**
+
+            >>> import braidax as bx
+            >>> [bx.MoEConfig.tiny().is_hash_layer(layer_idx) for layer_idx in range(4)]
+            [True, True, False, False]
+        """
+        if isinstance(layer_idx, Tracer):
+            raise TypeError(f"`layer_idx` must be static, not traced. Got {layer_idx}.")
+        return integer("layer_idx", layer_idx, 0) < integer(
+            "num_hash_layers", self.num_hash_layers, 0
+        )
 
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> "MoEConfig":
@@ -123,7 +112,8 @@ class MoEConfig:
         is no clamp, and null groups are one group, as in DeepSeek's code.
 
         **Raises:** `FileNotFoundError` for a missing file and `ValueError`, naming file and key,
-        for anything in it that is missing, contradictory or not supported.
+        for anything in it that is missing, contradictory or not supported. Values out of range are
+        errors when a layer is built of them.
 
         **Source:** the released `config.json` of each model; `mlp_layer_types` and
         `num_local_experts` are transformers' (`models/deepseek_v4`).
@@ -218,31 +208,9 @@ class MoEConfig:
         return cls(32, 16, 8, 2, 256, scaling_factor=1.5, num_hash_layers=2, swiglu_limit=10.0)
 
 
-def is_hash_layer(config: MoEConfig, layer_idx: int) -> bool:
-    """Whether layer `layer_idx` (from 0) routes by token id: one of the first `num_hash_layers` of
-    `config`.
-
-    The answer decides which parameters exist, so `layer_idx` must be static, not traced.
-
-    **Raises:** `TypeError` for anything but an integer (traced, a bool) and `ValueError` below 0.
-
-    **Example:**
-
-        >>> import braidax as bx
-        >>> [bx.is_hash_layer(bx.MoEConfig.tiny(), layer_idx) for layer_idx in range(4)]
-        [True, True, False, False]
-    """
-    if isinstance(layer_idx, Tracer):
-        raise TypeError(f"`layer_idx` must be static, not traced. Got {layer_idx}.")
-    return integer("layer_idx", layer_idx, 0) < config.num_hash_layers
-
-
-def _check_size(name: str, value: Any):
-    power = 127 if name in _POSITIVE_NUMBERS else 31  # float32 and int32 on the device
-    huge = isinstance(value, numbers.Real) and value >= 2**power
-    _require(not huge, name, f"be finite and below 2**{power}", f"{value!r:.60}")
-
-
-def _require(condition: bool, name: str, rule: str, given: str):
-    if not condition:
-        raise ValueError(f"`{name}` must {rule}. Got {given}.")
+def score_function(name: str) -> Callable[[Float[Array, "..."]], Float[Array, "..."]]:
+    """The score function of a released `name`. **Raises:** `ValueError` for an unknown name."""
+    if name not in _SCORE_FUNCTIONS:
+        names = ", ".join(_SCORE_FUNCTIONS)
+        raise ValueError(f"`score_function` must be one of {names}. Got {name!r:.60}.")
+    return _SCORE_FUNCTIONS[name]

@@ -2,25 +2,24 @@
 
     hidden_states, input_ids -> router -> Routing -> dispatch -> experts -> combine -> output
 
-The `Routing` is returned beside the output; losses, metrics and the bias update are functions of
-it, outside the layer.
+The `Routing` is returned beside the output. Losses, metrics and the bias update are functions of
+it, outside of the layer.
 """
-
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Integer, PRNGKeyArray
 
-from ._backends import check_backend, find_backend
-from ._checks import boolean, same_sizes
+from ._checks import boolean, integer, same_sizes
 from ._config import MoEConfig
-from ._experts import AbstractExperts, SwiGLU, SwiGLUExperts
-from ._experts.grouped_matmul import accumulation_dtype
-from ._replay import check_replay, within_range
-from ._router import AbstractRouter, router_from_config
+from ._dispatch import AbstractDispatch, SortedDispatch
+from ._experts import AbstractExperts, Experts, FeedForward, activations
+from ._replay import replayed
+from ._router import AbstractRouter, TopKRouter, router_from_config
 from ._routing import Routing, zero_masked
+
+_SORTED = SortedDispatch()
 
 
 class RoutedMoE(eqx.Module):
@@ -28,8 +27,8 @@ class RoutedMoE(eqx.Module):
 
     `block(hidden_states, input_ids)` takes a token, a sequence or a batch, `(*batch, hidden)`,
     and returns `(output, routing)`. Native leading axes are the fast path; `jax.vmap(block)`
-    gives the same answer and composes with `jax.grad` either way round. **Source:** DeepSeek-V4
-    (arXiv:2606.19348), section 2.1.
+    gives the same answer and composes with `jax.grad` either way round. A call compiles once, also
+    outside of `jax.jit`. **Source:** DeepSeek-V4 (arXiv:2606.19348), section 2.1.
 
     **Example:**
 
@@ -42,47 +41,46 @@ class RoutedMoE(eqx.Module):
 
     router: AbstractRouter
     experts: AbstractExperts
-    backend: str = eqx.field(static=True)
+    dispatch: AbstractDispatch
     checks: bool = eqx.field(static=True)
-    remat: bool = eqx.field(static=True)
-    parallel: Any = eqx.field(static=True)
 
     def __init__(
         self,
         router: AbstractRouter,
         experts: AbstractExperts,
         *,
-        backend: str = "auto",
+        dispatch: AbstractDispatch = _SORTED,
         checks: bool = False,
-        remat: bool = False,
     ):
         """**Arguments:**
 
         - `router`: an `AbstractRouter`.
-        - `experts`: a `SwiGLUExperts`, or any other `AbstractExperts`.
-        - `backend`: `"auto"` (by platform), `"blocks"`, `"ragged"`, `"tokamax"` (needs
-            `braidax[kernels]`), or `"dense"`, in which every expert computes every token: slow,
-            but differentiable in forward mode too.
-        - `checks`: raise at run time, by `eqx.error_if`, for an id outside the table of a
-            `HashRouter` and for a replayed index of no expert. Without it, the default and what
-            `jax.export` needs, that token gets NaN and no other token changes.
-        - `remat`: do not keep the experts' pre-activations, `(rows, 2 * intermediate)` float32 in
-            each layer, for the backward pass: it computes them again. Same numbers, more time;
-            less memory for layers in a `jax.lax.scan`. Unrolled layers on a CPU gain nothing, and
-            a block spread by `ExpertParallel` (its field `parallel`) always recomputes.
+        - `experts`: an `Experts`, or any other `AbstractExperts`.
+        - `dispatch`: how tokens meet experts: `SortedDispatch()`, `DenseDispatch()`, an
+            `ExpertParallel`, or any other `AbstractDispatch`.
+        - `checks`: raise at run time, by `eqx.error_if`, for a token that has no defined answer:
+            an id outside the table of a `HashRouter`, a replayed index of no expert, or a score of
+            NaN. Without it, the default and what `jax.export` needs, that token gets NaN and no
+            other token changes.
 
         **Raises:** `ValueError` or `TypeError` naming the argument, for sizes that differ too.
         """
-        if isinstance(experts, SwiGLUExperts):
+        if isinstance(experts, Experts):
             # The last axes: layers may be stacked in front.
-            sizes, wanted = experts.gate_up.shape[-3::2], router.weight.shape[-2:]
-            same_sizes("experts", sizes, wanted, "the (experts, hidden) of `router`")
+            *_, num_experts, _, _, hidden = experts.gate_up.shape
+            wanted = router.gate.weight.shape[-2:]
+            same_sizes(
+                "experts", (num_experts, hidden), wanted, "the (experts, hidden) of `router`"
+            )
+        if not isinstance(dispatch, AbstractDispatch):
+            raise TypeError(
+                "`dispatch` must be an `AbstractDispatch`, as `SortedDispatch()`. "
+                f"Got {dispatch!r:.60}."
+            )
         self.router = router
         self.experts = experts
-        self.backend = check_backend(backend)
+        self.dispatch = dispatch
         self.checks = boolean("checks", checks)
-        self.remat = boolean("remat", remat)
-        self.parallel = None  # Set by `ExpertParallel.shard`.
 
     @classmethod
     def from_config(
@@ -90,26 +88,30 @@ class RoutedMoE(eqx.Module):
         config: MoEConfig,
         layer_idx: int,
         *,
-        dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ) -> "RoutedMoE":
-        """The routed experts of layer `layer_idx`: hash-routed if it is one of the first
-        `config.num_hash_layers`, by an MD5 table salted with the layer index; top-k otherwise.
-        Weights are of `dtype`, drawn with `key`.
+        """The routed experts of layer `layer_idx` of `config`.
 
-        **Raises:** `TypeError` or `ValueError` for a traced or negative `layer_idx` and a `dtype`.
+        The first `config.num_hash_layers` are hash-routed, by an MD5 table salted with the layer
+        index, and all others by top-k. Weights are of `dtype`, by default JAX's own, drawn with
+        `key`. Layers stacked for `jax.lax.scan` are made by `eqx.filter_vmap` over keys.
+
+        **Raises:** `TypeError` or `ValueError` for a traced or negative `layer_idx`, a `dtype`, and
+        numbers of `config` that are out of range.
         """
         router_key, experts_key = jax.random.split(key)
-        experts = SwiGLUExperts(
+        experts = Experts(
             config.num_experts,
             config.hidden_size,
             config.intermediate_size,
-            limit=config.swiglu_limit,
+            activation=activations.swiglu(config.swiglu_limit),
             dtype=dtype,
             key=experts_key,
         )
         return cls(router_from_config(config, layer_idx, dtype=dtype, key=router_key), experts)
 
+    @eqx.filter_jit
     def __call__(
         self,
         hidden_states: Float[Array, "*batch hidden"],
@@ -128,14 +130,14 @@ class RoutedMoE(eqx.Module):
             `TopKRouter`.
         - `mask`: `(*batch,)` bool, `False` on padding: zero output, no gradient, not counted.
         - `routing`: replay this assignment, its mask included, instead of routing. A token with
-            an index outside of the experts gets NaN, as one with an unknown id does.
-        - `key`: handed to the router, which ignores it.
+            an index that is neither an expert nor nobody gets NaN, as one with an unknown id does.
+        - `key`: handed to the router's `select`.
 
         **Returns:** the output, in the shape and dtype of `hidden_states`, and the `Routing`.
 
         **Raises:** `ValueError` or `TypeError` at trace time for wrong shapes and dtypes.
         """
-        output, routing = routed_sum(self, hidden_states, input_ids, mask, routing, key)
+        output, routing = _routed_sum(self, hidden_states, input_ids, mask, routing, key)
         return output.astype(hidden_states.dtype), routing
 
 
@@ -155,18 +157,18 @@ class RoutedAndSharedMoE(eqx.Module):
     """
 
     routed: RoutedMoE
-    shared: SwiGLU
+    shared: FeedForward
 
-    def __init__(self, routed: RoutedMoE, shared: SwiGLU):
+    def __init__(self, routed: RoutedMoE, shared: FeedForward):
         """**Arguments:**
 
         - `routed`: a `RoutedMoE`.
-        - `shared`: a `SwiGLU`, or any module from `(*batch, hidden)` to `(*batch, hidden)`.
+        - `shared`: a `FeedForward`, or any module from `(*batch, hidden)` to `(*batch, hidden)`.
 
         **Raises:** `ValueError` if the hidden sizes differ.
         """
-        if isinstance(shared, SwiGLU):
-            sizes, wanted = shared.gate_up.shape[-1:], routed.router.weight.shape[-1:]
+        if isinstance(shared, FeedForward):
+            sizes, wanted = shared.gate_up.shape[-1:], routed.router.gate.weight.shape[-1:]
             same_sizes("shared", sizes, wanted, "the (hidden,) of `routed`")
         self.routed = routed
         self.shared = shared
@@ -177,7 +179,7 @@ class RoutedAndSharedMoE(eqx.Module):
         config: MoEConfig,
         layer_idx: int,
         *,
-        dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ) -> "RoutedAndSharedMoE":
         """As `RoutedMoE.from_config`, with the shared expert; several are one wider network.
@@ -190,15 +192,16 @@ class RoutedAndSharedMoE(eqx.Module):
                 f"Got {config.num_shared_experts}: use `RoutedMoE`."
             )
         routed_key, shared_key = jax.random.split(key)
-        shared = SwiGLU(
+        shared = FeedForward(
             config.hidden_size,
             config.num_shared_experts * config.intermediate_size,
-            limit=config.shared_swiglu_limit,
+            activation=activations.swiglu(config.shared_swiglu_limit),
             dtype=dtype,
             key=shared_key,
         )
         return cls(RoutedMoE.from_config(config, layer_idx, dtype=dtype, key=routed_key), shared)
 
+    @eqx.filter_jit
     def __call__(
         self,
         hidden_states: Float[Array, "*batch hidden"],
@@ -209,13 +212,13 @@ class RoutedAndSharedMoE(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "*batch hidden"], Routing]:
         """As `RoutedMoE.__call__`, with the shared expert's output added."""
-        output, routing = routed_sum(self.routed, hidden_states, input_ids, mask, routing, key)
+        output, routing = _routed_sum(self.routed, hidden_states, input_ids, mask, routing, key)
         shared = self.shared(zero_masked(hidden_states, routing.mask))
-        output = zero_masked(output + shared.astype(output.dtype), routing.mask)
+        output = output + zero_masked(shared, routing.mask).astype(output.dtype)
         return output.astype(hidden_states.dtype), routing
 
 
-def routed_sum(
+def _routed_sum(
     block: RoutedMoE,
     hidden_states: Float[Array, "*batch hidden"],
     input_ids: Integer[Array, "*batch"] | None,
@@ -224,27 +227,71 @@ def routed_sum(
     key: PRNGKeyArray | None,
 ) -> tuple[Float[Array, "*batch hidden"], Routing]:
     """The four stages, up to the float32 (or wider) sum over experts, not yet rounded."""
-    if routing is not None:
-        check_replay(block.router, hidden_states, mask, routing)
-        routing = within_range(routing, checks=block.checks)
-    if block.parallel is not None:
-        return block.parallel.routed_sum(block, hidden_states, input_ids, mask, routing, key)
     if routing is None:
-        routing = block.router(hidden_states, input_ids, mask=mask, key=key)
-        if block.checks:
-            weights = block.router.checked_weights(routing.weights, input_ids, mask)
-            routing = eqx.tree_at(lambda routing: routing.weights, routing, weights)
-    batch, hidden = hidden_states.shape[:-1], hidden_states.shape[-1]
-    tokens = zero_masked(jnp.asarray(hidden_states), routing.mask).reshape(-1, hidden)
-    flat_mask = None if routing.mask is None else routing.mask.reshape(-1)
-    indices = routing.indices.reshape(-1, routing.indices.shape[-1])
-    weights = zero_masked(routing.weights, routing.mask).reshape(indices.shape)
+        route = block.dispatch.route
+        routing = route(block.router, hidden_states, input_ids, mask=mask, key=key)
+    else:
+        routing = replayed(block.router, hidden_states, mask, routing)
+    if block.checks:
+        routing = _checked(routing)
+    output, dropped = block.dispatch(block.experts, jnp.asarray(hidden_states), routing)
+    return output, eqx.tree_at(lambda r: r.dropped, routing, routing.dropped + dropped)
 
-    backend = find_backend(block.backend)
-    dispatch = backend.dispatch(indices, flat_mask, routing.scores.shape[-1])
-    rows = dispatch.gather(tokens)
-    experts = eqx.filter_checkpoint(block.experts) if block.remat else block.experts
-    rows = experts(rows, dispatch.group_sizes, backend.grouped_matmul)
-    output = dispatch.combine(rows, weights).astype(accumulation_dtype(hidden_states))
-    # Masked here as well: nothing that comes back through a padded row may reach an expert.
-    return zero_masked(output.reshape(*batch, hidden), routing.mask), routing
+
+def _checked(routing: Routing) -> Routing:
+    """`routing`, tied to a run-time error for a token without a defined answer."""
+    # On the float weights: integers have no NaN for EQX_ON_ERROR=nan to put there.
+    weights = eqx.error_if(
+        routing.weights,
+        jnp.isnan(routing.weights),
+        "A token has no experts: its id is outside the table of the router (`input_ids`), a given "
+        "index names no expert (`routing.indices`), or a score is NaN.",
+    )
+    return eqx.tree_at(lambda r: r.weights, routing, weights)
+
+
+def top_k_moe(
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    num_experts_per_token: int,
+    *,
+    num_shared_experts: int = 0,
+    dispatch: AbstractDispatch = _SORTED,
+    dtype: DTypeLike | None = None,
+    key: PRNGKeyArray,
+) -> RoutedMoE | RoutedAndSharedMoE:
+    """A top-k routed layer of SwiGLU experts in one line: the common case.
+
+    **Arguments:**
+
+    - `hidden_size`, `intermediate_size`: features of a token, and inside one expert.
+    - `num_experts`, `num_experts_per_token`: routed experts, and how many each token goes to.
+    - `num_shared_experts`: experts that every token passes; several are one wider network.
+    - `dispatch`: as for `RoutedMoE`.
+    - `dtype`: of the weights; by default JAX's own.
+    - `key`: for the weights.
+
+    **Returns:** a `RoutedMoE`, or a `RoutedAndSharedMoE` if there are shared experts.
+
+    **Raises:** `ValueError` or `TypeError` naming the argument.
+
+    **Example:**
+
+        >>> import braidax as bx, jax
+        >>> block = bx.top_k_moe(32, 16, 8, 2, num_shared_experts=1, key=jax.random.key(0))
+        >>> output, routing = block(jax.numpy.ones((4, 32)))
+    """
+    shared = integer("num_shared_experts", num_shared_experts, 0)
+    routed_key, shared_key = jax.random.split(key)
+    router_key, experts_key = jax.random.split(routed_key)
+    sizes = (hidden_size, num_experts, num_experts_per_token)
+    routed = RoutedMoE(
+        TopKRouter(*sizes, dtype=dtype, key=router_key),
+        Experts(num_experts, hidden_size, intermediate_size, dtype=dtype, key=experts_key),
+        dispatch=dispatch,
+    )
+    if not shared:
+        return routed
+    width = shared * intermediate_size
+    return RoutedAndSharedMoE(routed, FeedForward(hidden_size, width, dtype=dtype, key=shared_key))

@@ -1,53 +1,55 @@
 """Replaying a given assignment: what is refused, and what poisons a token."""
 
-import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ._checks import at_least_int32
-from ._router import AbstractRouter
-from ._router.base import check_hidden_states, check_mask
-from ._routing import Routing
+from ._router import AbstractRouter, check_hidden_states, check_mask
+from ._routing import Routing, without_masked, zero_masked
 
 
-def within_range(routing: Routing, *, checks: bool) -> Routing:
-    """NaN weights for the tokens whose indices name no expert, or a run-time error with `checks`.
-    A router only makes valid ones."""
-    num_experts = routing.scores.shape[-1]
+def replayed(
+    router: AbstractRouter,
+    hidden_states: Float[Array, "*batch hidden"],
+    mask: Bool[Array, "*batch"] | None,
+    routing: Routing,
+) -> Routing:
+    """`routing`, with its mask folded in, for these hidden states and this router.
+
+    A token with an index that is neither an expert nor nobody gets NaN weights: a router makes
+    only valid indices. `dropped` counts the assignments of real tokens to nobody.
+
+    **Raises:** `ValueError` or `TypeError` if `routing` does not fit.
+    """
+    _check(router, hidden_states, mask, routing)
+    num_experts, mask = routing.scores.shape[-1], routing.mask
     indices = at_least_int32(routing.indices)
-    valid = (indices >= 0) & (indices < num_experts)
-    defined = valid.all(axis=-1, keepdims=True)
-    weights = jnp.where(defined, routing.weights, jnp.nan)
-    if checks:
-        wrong = ~defined[..., 0] if routing.mask is None else ~defined[..., 0] & routing.mask
-        # On the float weights: integers have no NaN for EQX_ON_ERROR=nan to put there.
-        weights = eqx.error_if(
-            weights,
-            wrong,
-            f"`routing.indices` must be in [0, {routing.scores.shape[-1]}). "
-            "Got an index of no expert.",
-        )
+    valid = (indices >= 0) & (indices <= num_experts)
+    indices = jnp.where(valid, indices, 0).astype(jnp.int32)
+    indices = without_masked(indices, mask, num_experts)
+    nobody = indices == num_experts
+    weights = jnp.where(valid.all(axis=-1, keepdims=True), routing.weights, jnp.nan)
+    missing = nobody if mask is None else nobody & mask[..., None]
     return Routing(
-        indices=jnp.where(valid, indices, 0).astype(jnp.int32),
-        weights=weights,
+        indices=indices,
+        weights=zero_masked(jnp.where(nobody, 0, weights), mask),
         scores=routing.scores,
         logits=routing.logits,
-        mask=routing.mask,
-        dropped=routing.dropped,
+        mask=mask,
+        dropped=jnp.sum(missing, dtype=jnp.int32),
     )
 
 
-def check_replay(
+def _check(
     router: AbstractRouter,
     hidden_states: Float[Array, "*batch hidden"],
     mask: Bool[Array, "*batch"] | None,
     routing: Routing,
 ) -> None:
-    """`routing` fits these hidden states and this router; `ValueError` or `TypeError` if not."""
     check_hidden_states(router, hidden_states)
     if mask is not None:
         raise ValueError("`mask` must be None when `routing` is given: it has its own. Got both.")
-    batch, num_experts = hidden_states.shape[:-1], router.weight.shape[0]
+    batch, num_experts = hidden_states.shape[:-1], router.gate.weight.shape[0]
     check_mask(routing.mask, batch)
     if routing.indices.shape[:-1] != batch or routing.weights.shape != routing.indices.shape:
         raise ValueError(

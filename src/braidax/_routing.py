@@ -8,6 +8,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ._checks import integer
+
 
 class Routing(eqx.Module):
     """Which experts each token goes to, and with what weight.
@@ -15,14 +17,20 @@ class Routing(eqx.Module):
     A router returns it, the block computes with it, and every loss, metric and bias update is a
     function of it. Under `jax.vmap` or `jax.lax.scan` all fields gain the mapped axis in front.
 
-    - `indices`: `(*batch, experts_per_token)` int32, the selected experts, each in `[0, experts)`.
-    - `weights`: `(*batch, experts_per_token)` float32 combine weights, already normalised and
+    An index equal to the number of experts is *nobody*: an assignment that does not exist. It has
+    no row, weight 0, and is no load. All assignments of padding are to nobody, and so are those
+    that a capacity leaves out.
+
+    - `indices`: `(*batch, experts_per_token)` int32, the selected experts, each in `[0, experts)`,
+      or `experts` for nobody.
+    - `weights`: `(*batch, experts_per_token)` float32 combine weights, already normalized and
       scaled. NaN marks a token that could not be routed (an id outside the table, a NaN score).
     - `scores`: `(*batch, experts)` float32, before the selection bias.
     - `logits`: `(*batch, experts)` float32, of the gate, after the temperature.
     - `mask`: `(*batch,)` bool, `False` on padding: not counted, zero output, no gradient. `None`:
       no padding.
-    - `dropped`: int32 scalar, the number of assignments that were not computed; 0 when dropless.
+    - `dropped`: int32 scalar, the assignments of real tokens that were not computed; 0 when
+      dropless.
 
     **Example:**
 
@@ -41,6 +49,15 @@ class Routing(eqx.Module):
     dropped: Int[Array, ""]
 
 
+def without_masked(
+    indices: Int[Array, "*batch experts_per_token"],
+    mask: Bool[Array, "*batch"] | None,
+    num_experts: int,
+) -> Int[Array, "*batch experts_per_token"]:
+    """`indices` with those of padding nobody's: what a mask means to everything but a gate."""
+    return indices if mask is None else jnp.where(mask[..., None], indices, num_experts)
+
+
 def zero_masked(
     array: Float[Array, "*batch size"], mask: Bool[Array, "*batch"] | None
 ) -> Float[Array, "*batch size"]:
@@ -52,3 +69,40 @@ def zero_masked(
     if mask is None:
         return array
     return jnp.where(mask[..., None], array, 0)
+
+
+def over_capacity(routing: Routing, capacity: int) -> Routing:
+    """`routing` with at most `capacity` assignments for each expert; the later ones are nobody's.
+
+    Tokens earlier in the batch win, and for one token the earlier slots. Weights are not
+    normalized again. `dropped` counts the assignments that were left out. All leading axes of
+    `routing` are one batch.
+
+    **Raises:** `ValueError` or `TypeError` unless `capacity` is an integer of at least 0.
+
+    **Example:** three tokens that choose the same two experts, with room for two.
+
+        >>> import braidax as bx, jax
+        >>> router = bx.TopKRouter(32, 8, 2, key=jax.random.key(0))
+        >>> routing = bx.over_capacity(router(jax.numpy.ones((3, 32))), capacity=2)
+        >>> int(routing.dropped), routing.indices[2].tolist()
+        (2, [8, 8])
+    """
+    capacity = integer("capacity", capacity, 0)
+    num_experts = routing.scores.shape[-1]
+    indices = without_masked(routing.indices, routing.mask, num_experts)
+    flat = indices.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    ordered = flat[order]
+    first = jnp.searchsorted(ordered, ordered, side="left")
+    places = jnp.arange(flat.size, dtype=jnp.int32) - first.astype(jnp.int32)
+    place = jnp.zeros(flat.shape, jnp.int32).at[order].set(places, unique_indices=True)
+    left_out = ((place >= capacity) & (flat < num_experts)).reshape(indices.shape)
+    return Routing(
+        indices=jnp.where(left_out, num_experts, indices),
+        weights=jnp.where(left_out, 0, routing.weights),
+        scores=routing.scores,
+        logits=routing.logits,
+        mask=routing.mask,
+        dropped=routing.dropped + jnp.sum(left_out, dtype=jnp.int32),
+    )

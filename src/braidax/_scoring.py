@@ -1,14 +1,11 @@
 """Logits to scores, scores to weights: exact values and derivatives for every input."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 # Keeps a row of underflowed scores from becoming 0/0; the released models train with it.
-_NORMALISER_EPSILON = 1e-20
+_EPSILON = 1e-20
 
 
 def _value_and_slope(
@@ -73,7 +70,7 @@ def sqrt_softplus(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     return _sqrt_softplus(wide).astype(x.dtype)
 
 
-def normalise(scores: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+def normalized(scores: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
     """`scores / (sum(scores) + 1e-20)` over the last axis, with finite derivatives of any order.
 
     Scores must not be negative. Scores that are all 0 give weights 0.
@@ -84,30 +81,7 @@ def normalise(scores: Float[Array, "*batch size"]) -> Float[Array, "*batch size"
     differentiation, because the quotient does not depend on it.
     """
     largest = jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True)
-    _, exponent = jnp.frexp(jnp.maximum(largest, _NORMALISER_EPSILON))
+    _, exponent = jnp.frexp(jnp.maximum(largest, _EPSILON))
     scale = jnp.ldexp(jnp.ones_like(largest), -exponent)
     scaled = scores * scale
-    return scaled / (scaled.sum(axis=-1, keepdims=True) + _NORMALISER_EPSILON * scale)
-
-
-class ScoreFunction(NamedTuple):
-    """How logits become scores, and how selected scores become weights summing to one."""
-
-    scores: Callable[[Float[Array, "*batch experts"]], Float[Array, "*batch experts"]]
-    normalise: Callable[[Float[Array, "*batch size"]], Float[Array, "*batch size"]]
-
-
-def _softmax(logits: Float[Array, "*batch experts"]) -> Float[Array, "*batch experts"]:
-    return jax.nn.softmax(logits, axis=-1)
-
-
-def _unchanged(scores: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
-    """Softmax scores already share one unit among all experts: the reference keeps them."""
-    return scores
-
-
-SCORE_FUNCTIONS: dict[str, ScoreFunction] = {
-    "sqrtsoftplus": ScoreFunction(sqrt_softplus, normalise),
-    "sigmoid": ScoreFunction(jax.nn.sigmoid, normalise),
-    "softmax": ScoreFunction(_softmax, _unchanged),
-}
+    return scaled / (scaled.sum(axis=-1, keepdims=True) + _EPSILON * scale)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from .._checks import floating_dtype
-from .._config import MoEConfig, is_hash_layer
+from .._config import MoEConfig
 from .._moe import RoutedAndSharedMoE
 from .decode_layer import decode_matrices
 from .errors import mistake
@@ -76,18 +76,20 @@ def load_moe(
     kind = _check_router(config, layer_idx, layer)
 
     weight = jax.device_put(layer.gate_weight(dtype))
-    moe = eqx.tree_at(lambda moe: moe.routed.router.weight, moe, weight)
+    moe = eqx.tree_at(lambda moe: moe.routed.router.gate.weight, moe, weight)
     if kind == "table":
         moe = eqx.tree_at(lambda moe: moe.routed.router.table, moe, jax.device_put(layer.table()))
     else:
         bias = jax.device_put(layer.bias())
         moe = eqx.tree_at(lambda moe: moe.routed.router.score_correction_bias, moe, bias)
     gate_up, down = decode_matrices((layer.shared,), dtype)
+    gate_up = gate_up.reshape(1, 2, -1, gate_up.shape[-1])
     moe = eqx.tree_at(lambda moe: (moe.shared.gate_up, moe.shared.down), moe, (gate_up[0], down[0]))
     if keep_packed:
         packed = packed_experts(layer, config.swiglu_limit)
         return eqx.tree_at(lambda moe: moe.routed.experts, moe, packed)
-    arrays = decode_matrices(layer.experts, dtype)
+    gate_up, down = decode_matrices(layer.experts, dtype)
+    arrays = (gate_up.reshape(len(down), 2, -1, gate_up.shape[-1]), down)
     return eqx.tree_at(
         lambda moe: (moe.routed.experts.gate_up, moe.routed.experts.down), moe, arrays
     )
@@ -107,7 +109,7 @@ def _check_sizes(config: MoEConfig, layer: StoredLayer) -> None:
 def _check_router(config: MoEConfig, layer_idx: int, layer: StoredLayer) -> str:
     """`"table"` or `"bias"`, on which the file and the configuration must agree."""
     checkpoint, found = layer.checkpoint, layer.names.gate
-    is_hash = is_hash_layer(config, layer_idx)
+    is_hash = config.is_hash_layer(layer_idx)
     kind = "table" if is_hash else "bias"
     if kind not in found or (not is_hash and "table" in found):
         must = (

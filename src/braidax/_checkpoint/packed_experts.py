@@ -4,8 +4,9 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Int
 
-from .._experts import AbstractExperts, GroupedMatmul
-from .._experts.swiglu import swiglu
+from .._experts import AbstractExperts
+from .._experts.activations import swiglu
+from .._matmul import GroupedMatmul
 from .packed_matmul import PackedMatrices, packed_matmul
 
 
@@ -32,5 +33,5 @@ class PackedSwiGLUExperts(AbstractExperts):
         packed numbers."""
         del grouped_matmul
         gate_up = packed_matmul(rows, self.gate_up, group_sizes)
-        activations = swiglu(gate_up, self.limit)
+        activations = swiglu(self.limit)(*__import__("jax").numpy.split(gate_up, 2, -1))
         return packed_matmul(activations, self.down, group_sizes)

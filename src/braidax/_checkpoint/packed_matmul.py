@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
-from .._experts.grouped_matmul import accumulation_dtype, vmappable_multiply
+from .._matmul import accumulation_dtype
+from .._matmul.mapped import mapped_multiply as vmappable_multiply
 from .dtypes import FLOAT4
 
 _BLOCK_SIZES = (8, 64, 256)  # rows that are multiplied at once: the smallest that holds them

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from .._checks import integer
-from .._experts import SwiGLUExperts
+from .._experts import Experts
 from .._moe import RoutedAndSharedMoE
 from .._router import HashRouter, TopKRouter
 from .dequantise import FP4_GROUP
@@ -67,18 +67,26 @@ def save_moe(
     _check_layer(moe, quantisation)
     prefix = f"layers.{layer_idx}.ffn."
     router, experts, shared = moe.routed.router, moe.routed.experts, moe.shared
-    tensors: dict[str, np.ndarray | Lazy] = {f"{prefix}gate.weight": np.asarray(router.weight)}
+    tensors: dict[str, np.ndarray | Lazy] = {f"{prefix}gate.weight": np.asarray(router.gate.weight)}
     if isinstance(router, HashRouter):
         tensors[f"{prefix}gate.tid2eid"] = np.asarray(router.table, np.int64)
     elif isinstance(router, TopKRouter):
         tensors[f"{prefix}gate.bias"] = np.asarray(router.score_correction_bias, np.float32)
     stored_shared = None if quantisation is None else "fp8"
     stem = f"{prefix}shared_experts"
-    tensors |= _three(stem, np.asarray(shared.gate_up), np.asarray(shared.down), stored_shared)
+    tensors |= _three(
+        stem,
+        np.asarray(shared.gate_up).reshape(-1, shared.gate_up.shape[-1]),
+        np.asarray(shared.down),
+        stored_shared,
+    )
     if isinstance(experts, PackedSwiGLUExperts):
         tensors |= _packed(f"{prefix}experts", experts)
-    elif isinstance(experts, SwiGLUExperts):
-        gate_up, down = np.asarray(experts.gate_up), np.asarray(experts.down)
+    elif isinstance(experts, Experts):
+        gate_up, down = (
+            np.asarray(experts.gate_up).reshape(len(experts.down), -1, experts.gate_up.shape[-1]),
+            np.asarray(experts.down),
+        )
         for expert in range(len(down)):
             stem = f"{prefix}experts.{expert}"
             tensors |= _three(stem, gate_up[expert], down[expert], quantisation)
@@ -86,7 +94,7 @@ def save_moe(
 
 
 def _check_layer(moe: RoutedAndSharedMoE, quantisation: str | None) -> None:
-    check_parts(moe, SwiGLUExperts, PackedSwiGLUExperts)
+    check_parts(moe, Experts, PackedSwiGLUExperts)
     if quantisation is not None and isinstance(moe.routed.experts, PackedSwiGLUExperts):
         raise ValueError(
             "`quantisation` must be None for packed experts, which are quantised already. "
@@ -95,8 +103,8 @@ def _check_layer(moe: RoutedAndSharedMoE, quantisation: str | None) -> None:
     bias = getattr(moe.routed.router, "score_correction_bias", None)
     if bias is not None and not np.isfinite(np.asarray(bias)).all():
         raise ValueError("`moe` must have a finite selection bias. Got NaN or infinity.")
-    if moe.routed.router.weight.ndim != 2:
-        shape = moe.routed.router.weight.shape
+    if moe.routed.router.gate.weight.ndim != 2:
+        shape = moe.routed.router.gate.weight.shape
         raise ValueError(
             f"`moe` must be one layer, with a router of (experts, hidden). Got {shape}."
         )

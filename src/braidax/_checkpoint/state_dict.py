@@ -14,8 +14,8 @@ from jaxtyping import Array, DTypeLike
 
 from .. import hash_tables
 from .._checks import floating_dtype
-from .._config import MoEConfig, is_hash_layer
-from .._experts import AbstractExperts, SwiGLU, SwiGLUExperts
+from .._config import MoEConfig
+from .._experts import AbstractExperts, Experts, FeedForward
 from .._moe import RoutedAndSharedMoE
 from .._router import HashRouter, TopKRouter
 from .dtypes import narrowed
@@ -47,10 +47,10 @@ def _transposed(array: np.ndarray) -> np.ndarray:
 
 _DOWN = (lambda array: (_transposed(array),), _transposed)
 _GATE_AND_UP = (
-    lambda array: tuple(np.split(array, 2, axis=-2)),
-    lambda gate, up: np.concatenate((gate, up), axis=-2),
+    lambda array: (array[..., 0, :, :], array[..., 1, :, :]),
+    lambda gate, up: np.stack((gate, up), axis=-3),
 )
-_GATE = _Leaf(attrgetter("routed.router.weight"), ("gate.weight",), _one, _same)
+_GATE = _Leaf(attrgetter("routed.router.gate.weight"), ("gate.weight",), _one, _same)
 _BIAS = _Leaf(
     attrgetter("routed.router.score_correction_bias"),
     ("gate.e_score_correction_bias",),
@@ -64,7 +64,12 @@ _TABLE = _Leaf(
     _same,
 )
 _FEED_FORWARD = (
-    _Leaf(attrgetter("routed.experts.gate_up"), ("experts.gate_up_proj",), _one, _same),
+    _Leaf(
+        attrgetter("routed.experts.gate_up"),
+        ("experts.gate_up_proj",),
+        lambda a: (a.reshape(*a.shape[:-3], -1, a.shape[-1]),),
+        lambda a: a.reshape(len(a), 2, -1, a.shape[-1]),
+    ),
     _Leaf(attrgetter("routed.experts.down"), ("experts.down_proj",), *_DOWN),
     _Leaf(
         attrgetter("shared.gate_up"),
@@ -159,7 +164,7 @@ def check_parts(moe: RoutedAndSharedMoE, *experts: type[AbstractExperts]) -> Non
     parts = {
         "moe.routed.router": (moe.routed.router, tuple(_LEAVES)),
         "moe.routed.experts": (moe.routed.experts, experts),
-        "moe.shared": (moe.shared, (SwiGLU,)),
+        "moe.shared": (moe.shared, (FeedForward,)),
     }
     for name, (module, known) in parts.items():
         if type(module) not in known:
@@ -171,7 +176,7 @@ def check_parts(moe: RoutedAndSharedMoE, *experts: type[AbstractExperts]) -> Non
 
 
 def _leaves(moe: RoutedAndSharedMoE) -> tuple[_Leaf, ...]:
-    check_parts(moe, SwiGLUExperts)
+    check_parts(moe, Experts)
     return _LEAVES[type(moe.routed.router)]
 
 
@@ -181,7 +186,7 @@ def layer_skeleton(config: MoEConfig, layer_idx: int, dtype: DTypeLike) -> Route
     small = config if config.vocab_size is None else dataclasses.replace(config, vocab_size=1)
     build = partial(RoutedAndSharedMoE.from_config, small, layer_idx, dtype=dtype)
     skeleton = eqx.filter_eval_shape(build, key=jax.random.key(0))
-    if not is_hash_layer(config, layer_idx):
+    if not config.is_hash_layer(layer_idx):
         return skeleton
     shape = (config.vocab_size, config.num_experts_per_token)
     return eqx.tree_at(_TABLE.where, skeleton, jax.ShapeDtypeStruct(shape, jnp.int32))

@@ -1,7 +1,6 @@
-"""Dispatch and combine: move rows. Neither knows which router chose them."""
+"""Dispatch: how tokens meet experts. A new dispatch is one file."""
 
 from .base import AbstractDispatch as AbstractDispatch
+from .base import checked_kernel as checked_kernel
 from .dense import DenseDispatch as DenseDispatch
-from .dense import dense_dispatch as dense_dispatch
-from .sorting import SortedDispatch as SortedDispatch
-from .sorting import sorted_dispatch as sorted_dispatch
+from .sorted import SortedDispatch as SortedDispatch

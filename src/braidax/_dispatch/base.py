@@ -1,30 +1,81 @@
-"""The contract of a dispatch: tokens to rows grouped by expert, and back."""
+"""The contract of a dispatch: how tokens meet experts."""
 
 import abc
 
 import equinox as eqx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
+
+from .._experts import AbstractExperts
+from .._matmul import AbstractGroupedMatmul, Auto
+from .._router import AbstractRouter
+from .._routing import Routing
 
 
 class AbstractDispatch(eqx.Module):
-    """A plan made of integers, with the two ends that carry it out.
+    """How tokens meet experts: on one device, by every expert, or over a mesh.
 
-    - `group_sizes` says how many consecutive rows belong to each expert. Rows past their sum
-      belong to nobody.
-    - `gather` copies tokens into rows.
-    - `combine` sums each token's rows, times its weights, in the dtype of the rows.
+    A subclass supplies `__call__`, from tokens and their `Routing` to the weighted sum of each
+    token's experts. Its fields are its settings, and must be static. An assignment to *nobody*,
+    whose index is the number of experts, takes no part.
+
+    **Example:** a dispatch that computes every expert for every token, one expert after the other.
+
+        >>> import braidax as bx, jax, jax.numpy as jnp
+        >>> class OneByOne(bx.AbstractDispatch):
+        ...     def __call__(self, experts, hidden_states, routing):
+        ...         product, num_tokens = bx.GroupedMatmul(bx.matmul.Blocks()), len(hidden_states)
+        ...         output = jnp.zeros(hidden_states.shape)
+        ...         for expert in range(routing.scores.shape[-1]):
+        ...             sizes = jnp.zeros(routing.scores.shape[-1], jnp.int32).at[expert].set(num_tokens)
+        ...             weight = jnp.where(routing.indices == expert, routing.weights, 0).sum(-1)
+        ...             output += weight[:, None] * experts(hidden_states, sizes, product)
+        ...         return output, jnp.zeros((), jnp.int32)
+        >>> block = bx.top_k_moe(8, 4, 4, 2, dispatch=OneByOne(), key=jax.random.key(0))
+        >>> output, _ = block(jnp.ones((2, 8)))
     """
 
-    group_sizes: eqx.AbstractVar[Int[Array, " groups"]]
-
-    @abc.abstractmethod
-    def gather(self, hidden_states: Float[Array, "tokens hidden"]) -> Float[Array, "rows hidden"]:
-        """The token of every row."""
-
-    @abc.abstractmethod
-    def combine(
+    def route(
         self,
-        rows: Float[Array, "rows hidden"],
-        weights: Float[Array, "tokens experts_per_token"],
-    ) -> Float[Array, "tokens hidden"]:
-        """Sum over each token's rows, weighted. An expert that a token names twice adds twice."""
+        router: AbstractRouter,
+        hidden_states: Float[Array, "*batch hidden"],
+        input_ids: Integer[Array, "*batch"] | None,
+        *,
+        mask: Bool[Array, "*batch"] | None,
+        key: PRNGKeyArray | None,
+    ) -> Routing:
+        """The `Routing` by `router` of `hidden_states`, `(*batch, hidden)`, with `input_ids` and
+        `mask` `(*batch,)` or `None`, and a `key`. A dispatch over a mesh routes where tokens are."""
+        return router(hidden_states, input_ids, mask=mask, key=key)
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        experts: AbstractExperts,
+        hidden_states: Float[Array, "*batch hidden"],
+        routing: Routing,
+    ) -> tuple[Float[Array, "*batch hidden"], Int[Array, ""]]:
+        """The weighted sum of each token's experts.
+
+        **Arguments:**
+
+        - `experts`: called with rows grouped by expert.
+        - `hidden_states`: `(*batch, hidden)`. A token whose assignments are all to nobody may hold
+            anything, and gets 0.
+        - `routing`: int32 indices and float32 weights, `(*batch, experts_per_token)`.
+
+        **Returns:** `(*batch, hidden)` in float32 or wider, and the number of assignments that
+        were not computed, int32.
+        """
+
+
+def checked_kernel(matmul: AbstractGroupedMatmul | None) -> AbstractGroupedMatmul:
+    """`matmul`, if it is a kernel of groups of any size, or `Auto()` for `None`.
+
+    **Raises:** `TypeError` otherwise."""
+    matmul = Auto() if matmul is None else matmul
+    if not isinstance(matmul, AbstractGroupedMatmul) or matmul.plain:
+        raise TypeError(
+            "`matmul` must be a kernel for groups of any size, as `braidax.matmul.Blocks()`. "
+            f"Got {matmul!r:.60}."
+        )
+    return matmul

@@ -1,54 +1,57 @@
 """Dense dispatch: every expert sees every token. The oracle, not a fast path."""
 
-import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from .._experts import AbstractExperts
+from .._matmul import Dense, GroupedMatmul, accumulation_dtype
+from .._routing import Routing
 from .base import AbstractDispatch
 
 
 class DenseDispatch(AbstractDispatch):
-    """Experts x tokens rows in equal groups, most of which combine with weight 0.
+    """Every expert computes every token, and most results are multiplied by 0.
 
-    Differentiable in every mode and order, because it is plain indexing and arithmetic. It does
-    not isolate a NaN: one in an expert's weights reaches the gradient of every token, and one in
-    a token the gradient of every expert.
+    Plain indexing and arithmetic, so every mode and order of differentiation works. A NaN is not
+    isolated: one in an expert's weights reaches the gradient of every token, and one in a token the
+    gradient of every expert.
+
+    **Example:**
+
+        >>> import braidax as bx, jax
+        >>> block = bx.top_k_moe(32, 16, 8, 2, dispatch=bx.DenseDispatch(), key=jax.random.key(0))
     """
 
-    indices: Int[Array, "tokens experts_per_token"]
-    group_sizes: Int[Array, " groups"]
-    num_experts: int = eqx.field(static=True)
-
-    def gather(self, hidden_states: Float[Array, "tokens hidden"]) -> Float[Array, "rows hidden"]:
-        """All tokens, once for each expert."""
-        tokens, hidden = hidden_states.shape
-        rows = jnp.broadcast_to(hidden_states, (self.num_experts, tokens, hidden))
-        return rows.reshape(self.num_experts * tokens, hidden)
-
-    def combine(
+    def __call__(
         self,
-        rows: Float[Array, "rows hidden"],
-        weights: Float[Array, "tokens experts_per_token"],
-    ) -> Float[Array, "tokens hidden"]:
-        """Weighted sum over all experts; duplicates in a row of `indices` add up."""
-        tokens = weights.shape[0]
-        by_expert = jnp.zeros((tokens, self.num_experts), rows.dtype)
-        by_expert = by_expert.at[jnp.arange(tokens)[:, None], self.indices].add(
-            weights.astype(rows.dtype)
-        )
-        chosen = jnp.zeros(by_expert.shape, bool)
-        chosen = chosen.at[jnp.arange(tokens)[:, None], self.indices].set(True)
-        outputs = rows.reshape(self.num_experts, tokens, rows.shape[-1])
-        outputs = jnp.where(chosen.T[..., None], outputs, 0)
-        return jnp.einsum("te,eth->th", by_expert, outputs, precision="highest")
+        experts: AbstractExperts,
+        hidden_states: Float[Array, "*batch hidden"],
+        routing: Routing,
+    ) -> tuple[Float[Array, "*batch hidden"], Int[Array, ""]]:
+        """As `AbstractDispatch.__call__`."""
+        num_experts, hidden = routing.scores.shape[-1], hidden_states.shape[-1]
+        indices = routing.indices.reshape(-1, routing.indices.shape[-1])
+        somebody = (indices < num_experts).any(axis=-1)
+        tokens = jnp.where(somebody[:, None], hidden_states.reshape(-1, hidden), 0)
+        group_sizes = jnp.full((num_experts,), len(tokens), jnp.int32)
+        rows = jnp.broadcast_to(tokens, (num_experts, *tokens.shape)).reshape(-1, hidden)
+        outputs = experts(rows, group_sizes, GroupedMatmul(Dense()))
+        outputs = outputs.reshape(num_experts, len(tokens), hidden)
+        output = _combine(outputs, indices, routing.weights.reshape(indices.shape))
+        output = output.astype(accumulation_dtype(hidden_states))
+        return output.reshape(hidden_states.shape), jnp.zeros((), jnp.int32)
 
 
-def dense_dispatch(
+def _combine(
+    outputs: Float[Array, "experts tokens hidden"],
     indices: Int[Array, "tokens experts_per_token"],
-    mask: Bool[Array, " tokens"] | None,
-    num_experts: int,
-) -> DenseDispatch:
-    """Plan nothing: masked tokens already have weight 0 and a zero hidden state."""
-    del mask
-    group_sizes = jnp.full((num_experts,), indices.shape[0], jnp.int32)
-    return DenseDispatch(indices, group_sizes, num_experts)
+    weights: Float[Array, "tokens experts_per_token"],
+) -> Float[Array, "tokens hidden"]:
+    """Weighted sum over all experts. An expert that a token names twice adds twice."""
+    num_experts, num_tokens, _ = outputs.shape
+    token = jnp.arange(num_tokens)[:, None]
+    by_expert = jnp.zeros((num_tokens, num_experts), outputs.dtype)
+    by_expert = by_expert.at[token, indices].add(weights.astype(outputs.dtype), mode="drop")
+    chosen = jnp.zeros(by_expert.shape, bool).at[token, indices].set(True, mode="drop")
+    outputs = jnp.where(chosen.T[..., None], outputs, 0)
+    return jnp.einsum("te,eth->th", by_expert, outputs, precision="highest")

@@ -5,7 +5,7 @@ import abc
 import equinox as eqx
 from jaxtyping import Array, Float, Int
 
-from .grouped_matmul import GroupedMatmul
+from .._matmul import GroupedMatmul
 
 
 class AbstractExperts(eqx.Module):
@@ -20,11 +20,11 @@ class AbstractExperts(eqx.Module):
         >>> class LinearExperts(bx.AbstractExperts):
         ...     weight: jax.Array  # (experts, hidden_out, hidden)
         ...
-        ...     def __call__(self, rows, group_sizes, grouped_matmul):
-        ...         return grouped_matmul(rows, self.weight, group_sizes, True)
+        ...     def __call__(self, rows, group_sizes, matmul):
+        ...         return matmul(rows, self.weight, group_sizes, transposed=True)
         >>> experts = LinearExperts(jax.numpy.stack([jax.numpy.eye(8)] * 4))
         >>> router = bx.TopKRouter(8, 4, 2, key=jax.random.key(0))
-        >>> block = bx.RoutedMoE(router, experts, backend="dense")
+        >>> block = bx.RoutedMoE(router, experts)
         >>> output, _ = block(jax.numpy.ones((2, 8)))  # weights that sum to 1, identities
         >>> bool(jax.numpy.allclose(output, 1))
         True
@@ -35,7 +35,7 @@ class AbstractExperts(eqx.Module):
         self,
         rows: Float[Array, "rows hidden"],
         group_sizes: Int[Array, " experts"],
-        grouped_matmul: GroupedMatmul,
+        matmul: GroupedMatmul,
     ) -> Float[Array, "rows hidden"]:
         """Each row through the expert of its group; rows past the groups give 0.
 
@@ -43,7 +43,7 @@ class AbstractExperts(eqx.Module):
 
         - `rows`: `(rows, hidden)`, consecutive rows for each expert.
         - `group_sizes`: int32 `(experts,)`, rows of each expert.
-        - `grouped_matmul`: the product to use, from the block's backend.
+        - `matmul`: the product to use, made of the dispatch's kernel.
 
         **Returns:** `(rows, hidden)` in float32 or wider: the caller sums before it rounds.
         """

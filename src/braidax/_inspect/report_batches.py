@@ -144,7 +144,7 @@ def _layers_of_batch(
         axes = [layer_axes(router) for router in routers]
     layers: list[_Layer] = []
     for position, routing in enumerate(batch):
-        wanted = None if routers is None else routers[position].weight.shape[-2]
+        wanted = None if routers is None else routers[position].gate.weight.shape[-2]
         if wanted not in (None, routing.scores.shape[-1]):
             raise ValueError(
                 f"`routings[{position}]` must come from a router of {wanted} experts. "

@@ -98,7 +98,7 @@ def layer_axes(router: AbstractRouter) -> tuple[int, ...]:
 
     Raises `ValueError` for a router without a weight.
     """
-    weight: Any = getattr(router, "weight", None)
+    weight: Any = getattr(router.gate, "weight", None)
     if not is_array(weight):
         raise ValueError(
             f"`model` must hold routers with a weight. Got a {type(router).__name__} whose weight"
@@ -111,7 +111,7 @@ def count_block(path: str, block: RoutedMoE | RoutedAndSharedMoE) -> BlockSummar
     """The block at `path`."""
     routed = block if isinstance(block, RoutedMoE) else block.routed
     router, layers = routed.router, math.prod(layer_axes(routed.router))
-    num_experts, chosen = router.weight.shape[-2], router.num_experts_per_token
+    num_experts, chosen = router.gate.weight.shape[-2], router.num_experts_per_token
     stacked = len(layer_axes(router))
     parts = [
         _count_part("router", router, stacked),

@@ -1,13 +1,12 @@
 """The mesh as it is seen from where the block is called."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-if TYPE_CHECKING:
-    from .expert_parallel import ExpertParallel
+from .layout import MeshLayout
 
 
 class Context(NamedTuple):
@@ -18,10 +17,11 @@ class Context(NamedTuple):
 
     @property
     def free(self) -> frozenset[str]:
-        """The axes that are ours to make Manual: all others, also those that are not named.
+        """The axes that are ours to make Manual: all that are not taken, named or not.
 
-        Left to the compiler, a weight's layout on them puts collectives of all devices into the
-        loops over experts, which take another number of turns on each device: it hangs.
+        If the compiler handled a weight sharded over such an axis, it would put collectives inside
+        the loop over experts. That loop runs a different number of times on each device, so the
+        program would deadlock.
         """
         return frozenset(self.mesh.axis_names) - self.taken
 
@@ -45,17 +45,17 @@ class Context(NamedTuple):
         return jax.sharding.reshard(tree, self.sharding(*names)) if self.explicit else tree
 
 
-def context_of(parallel: "ExpertParallel") -> Context:
-    """Raises `ValueError` inside a `jax.shard_map` over one of the axes that `parallel` names, or
+def context_of(layout: MeshLayout) -> Context:
+    """Raises `ValueError` inside a `jax.shard_map` over one of the axes that `layout` names, or
     with axes left that are Explicit, from where JAX cannot go back to the compiler's choice."""
     around = jax.sharding.get_abstract_mesh()
     taken = frozenset(around.manual_axes)
     if not taken:
-        return Context(parallel.mesh, taken)
-    if taken & set(parallel.tokens) or around.shape != parallel.mesh.shape:
+        return Context(layout.mesh, taken)
+    if taken & set(layout.tokens) or around.shape != layout.mesh.shape:
         raise ValueError(
             "`tokens` must name axes of the mesh that the surrounding jax.shard_map leaves. "
-            f"Got {parallel.tokens} where {tuple(around.manual_axes)} are taken."
+            f"Got {layout.tokens} where {tuple(around.manual_axes)} are taken."
         )
     context = Context(around, taken)
     if context.explicit:

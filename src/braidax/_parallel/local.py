@@ -1,7 +1,7 @@
 """The experts of one device on the tokens that reached it.
 
-Most of those tokens may belong to other devices' experts, so the assignments that are this
-device's own are counted first and computed in chunks of an even share: work follows their number,
+Most of those tokens may belong to other devices' experts. So the assignments that are this
+device's own are counted first, and computed in chunks of an even share. Work follows their number,
 and memory is that of one chunk whatever the skew. Nothing is kept for the backward pass but the
 inputs; each chunk is recomputed there.
 """
@@ -13,21 +13,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._experts import GroupedMatmul
-from .._experts.grouped_matmul import accumulation_dtype
+from .._experts import AbstractExperts
+from .._matmul import GroupedMatmul, accumulation_dtype
 
 
 class _Own(NamedTuple):
-    """The assignments (token * experts_per_token + slot) sorted by local expert, others last, and
-    where each expert's begin and end."""
+    """The assignments (token * experts_per_token + slot) sorted by local expert, all others last,
+    and where each expert's begin and end."""
 
     order: Int[Array, " assignments"]
     edges: Int[Array, " edges"]
 
 
 def local_experts(
-    experts: eqx.Module,
-    grouped_matmul: GroupedMatmul,
+    experts: AbstractExperts,
+    matmul: GroupedMatmul,
     tokens: Float[Array, "tokens hidden"],
     indices: Int[Array, "tokens experts_per_token"],
     weights: Float[Array, "tokens experts_per_token"],
@@ -51,12 +51,16 @@ def local_experts(
     own = _Own(jnp.pad(order, (0, chunk)), edges.astype(jnp.int32))
     trained, rest = eqx.partition(experts, eqx.is_inexact_array)
     arrays, static = eqx.partition(rest, eqx.is_array)
-    run = _chunked(static, grouped_matmul, chunk)
+    run = _chunked(static, matmul, chunk)
     return run(tokens, weights.reshape(-1), trained, arrays, own)
 
 
-def _chunked(static: PyTree, grouped_matmul: GroupedMatmul, chunk: int):
+def _chunked(static: PyTree, matmul: GroupedMatmul, chunk: int):
     """`run(tokens, weights, trained, arrays, own)` with its derivative."""
+
+    def compute(rows, scales, trained, arrays, sizes):
+        rows = eqx.combine(trained, arrays, static)(rows, sizes, matmul)
+        return rows * scales[:, None].astype(rows.dtype)
 
     @jax.custom_vjp
     def run(tokens, weights, trained, arrays, own):
@@ -64,9 +68,7 @@ def _chunked(static: PyTree, grouped_matmul: GroupedMatmul, chunk: int):
 
         def step(i, output):
             assignment, token, sizes = _at(own, i, chunk, weights.size, tokens.shape[0])
-            rows, scales = _take(tokens, token), _take(weights, assignment)
-            experts = eqx.combine(trained, arrays, static)
-            rows = _weighted(experts(rows, sizes, grouped_matmul), scales)
+            rows = compute(_take(tokens, token), _take(weights, assignment), trained, arrays, sizes)
             return output.at[token].add(rows.astype(output.dtype), mode="drop")
 
         return jax.lax.fori_loop(0, _num_chunks(own, chunk), step, output)
@@ -77,82 +79,42 @@ def _chunked(static: PyTree, grouped_matmul: GroupedMatmul, chunk: int):
     def backward(arguments, cotangent):
         tokens, weights, trained, arrays, own = arguments
 
-        def wide(array):
-            return jnp.zeros_like(array, accumulation_dtype(array))
-
-        def step(i, sums):
-            d_tokens, d_weights, d_trained = sums
+        def of_chunk(i):
+            """Where the rows of a chunk go, and the cotangents of rows, weights and experts."""
             assignment, token, sizes = _at(own, i, chunk, weights.size, tokens.shape[0])
-            unused: list[bool] = []
+            operands = (_take(tokens, token), _take(weights, assignment), trained)
+            rows, transpose = jax.vjp(lambda *o: compute(*o, arrays, sizes), *operands)
+            return assignment, token, *transpose(_take(cotangent, token).astype(rows.dtype))
 
-            def compute(rows, scales, trained, sums):
-                summing, left = _summing(grouped_matmul, trained, sums)
-                rows = eqx.combine(trained, arrays, static)(rows, sizes, summing)
-                unused.extend(id(leaf) in left for leaf in jax.tree.leaves(trained))
-                return _weighted(rows, scales)
-
-            operands = (_take(tokens, token), _take(weights, assignment), trained, d_trained)
-            rows, transpose = jax.vjp(compute, *operands)
-            pulled = transpose(_take(cotangent, token).astype(rows.dtype))
-            d_rows, d_scales, d_new, summed = pulled
-            leaves, tree = jax.tree.flatten(summed)
-            before = jax.tree.leaves(d_trained)
-            chosen = zip(unused, before, leaves, strict=True)
-            summed = tree.unflatten([old if alone else new for alone, old, new in chosen])
+        def add(sums, terms):
+            d_tokens, d_weights, d_trained = sums
+            assignment, token, rows, scales, experts = terms
             return (
-                d_tokens.at[token].add(d_rows.astype(d_tokens.dtype), mode="drop"),
-                d_weights.at[assignment].set(d_scales.astype(d_weights.dtype), mode="drop"),
-                # Zeros, but for weights that did not go into a product as they are.
-                jax.tree.map(jnp.add, summed, d_new),
+                d_tokens.at[token].add(rows.astype(d_tokens.dtype), mode="drop"),
+                d_weights.at[assignment].set(scales.astype(d_weights.dtype), mode="drop"),
+                jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_trained, experts),
             )
 
-        differentiated = (tokens, weights, trained)
-        sums = jax.lax.fori_loop(
-            0, _num_chunks(own, chunk), step, jax.tree.map(wide, differentiated)
+        # Mild imbalance is one chunk. Its gradients are not added to zeros, which would take the
+        # memory of another copy of the weights.
+        first = of_chunk(0)
+        zeros = (jnp.zeros_like(tokens, accumulation_dtype(tokens)), jnp.zeros_like(weights))
+        d_tokens, d_weights, _ = add((*zeros, ()), (*first[:4], ()))
+        sums = (d_tokens, d_weights, first[4])
+        d_tokens, d_weights, d_trained = jax.lax.fori_loop(
+            1, _num_chunks(own, chunk), lambda i, sums: add(sums, of_chunk(i)), sums
         )
-        narrow = jax.tree.map(lambda total, array: total.astype(array.dtype), sums, differentiated)
-        return *narrow, None, None
+        return d_tokens.astype(tokens.dtype), d_weights, d_trained, None, None
 
     run.defvjp(forward, backward)
     return run
-
-
-def _summing(
-    grouped_matmul: GroupedMatmul, trained: PyTree, sums: PyTree
-) -> tuple[GroupedMatmul, dict]:
-    """`grouped_matmul` that adds the gradients of `trained` to their running `sums`, each where
-    that weight is first used; and the sums by the identity of their weight, less those used."""
-    left = dict(zip(map(id, jax.tree.leaves(trained)), jax.tree.leaves(sums), strict=True))
-
-    into = grouped_matmul.into
-    if into is None:
-        return grouped_matmul, left
-
-    def multiply(rows, weight, group_sizes, transposed):
-        if id(weight) not in left:
-            return grouped_matmul.multiply(rows, weight, group_sizes, transposed)
-        total = left.pop(id(weight))
-        return into.multiply(rows, weight, group_sizes, total, transposed)
-
-    def feed_forward(rows, up, down, group_sizes, activation):
-        if up is down or not {id(up), id(down)} <= left.keys():
-            return grouped_matmul.feed_forward(rows, up, down, group_sizes, activation)
-        totals = (left.pop(id(up)), left.pop(id(down)))
-        return into.feed_forward(rows, up, down, group_sizes, totals, activation)
-
-    return GroupedMatmul(multiply, feed_forward), left
-
-
-def _weighted(rows: Array, weights: Array) -> Array:
-    """The experts' outputs times the weights; rows past the sizes are 0."""
-    return rows * weights[:, None].astype(rows.dtype)
 
 
 def _num_chunks(own: _Own, chunk: int) -> Int[Array, ""]:
     return -(-own.edges[-1] // chunk)
 
 
-def _at(own: _Own, i: Array, chunk: int, num_assignments: int, num_tokens: int):
+def _at(own: _Own, i: Array | int, chunk: int, num_assignments: int, num_tokens: int):
     """`(assignments, tokens, group sizes)` of chunk `i`. Rows that are not this device's point past
     the ends of the arrays: they read 0 and write nothing."""
     start = i * chunk

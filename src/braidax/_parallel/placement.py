@@ -1,9 +1,8 @@
 """Where the arrays of a model live on the mesh."""
 
-import dataclasses
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,11 +10,8 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from .._backends import check_parallel_backend
 from .._moe import RoutedMoE
-
-if TYPE_CHECKING:
-    from .expert_parallel import ExpertParallel
+from .layout import MeshLayout
 
 
 def is_block(node: Any) -> bool:
@@ -30,97 +26,81 @@ def _is_array(node: Any) -> bool:
 def _stacked_axes(block: RoutedMoE) -> tuple[int, int] | None:
     """`(axes of stacked layers in front, number of experts)`, or None where no array tells: the
     blocks in an optimizer state have parts missing."""
-    weight: Any = block.router.weight
-    gate_up: Any = getattr(block.experts, "gate_up", None)
+    weight: Any = getattr(block.router.gate, "weight", None)
+    down: Any = getattr(block.experts, "down", None)
     if _is_array(weight) and weight.ndim >= 2:
         return weight.ndim - 2, weight.shape[-2]
-    if _is_array(gate_up) and gate_up.ndim >= 3:
-        return gate_up.ndim - 3, gate_up.shape[-3]
+    if _is_array(down) and down.ndim >= 3:
+        return down.ndim - 3, down.shape[-3]
     return None
 
 
-def _block_shardings(parallel: "ExpertParallel", block: RoutedMoE) -> PyTree:
+def _block_shardings(layout: MeshLayout, block: RoutedMoE) -> PyTree:
     found = _stacked_axes(block)
 
     def router_sharding(leaf: Any) -> Any:
-        return _sharding(parallel, leaf, None) if _is_array(leaf) else None
+        return _sharding(layout, leaf, None) if _is_array(leaf) else None
 
     def expert_sharding(leaf: Any) -> Any:
         if not _is_array(leaf):
             return None
         if found is None:
-            return _sharding(parallel, leaf, None)
+            return _sharding(layout, leaf, None)
         axis, num_experts = found
-        divides = not num_experts % parallel.size and leaf.ndim > axis
+        divides = not num_experts % layout.size and leaf.ndim > axis
         stacked = divides and leaf.shape[axis] == num_experts
-        return _sharding(parallel, leaf, axis if stacked else None)
+        return _sharding(layout, leaf, axis if stacked else None)
 
     placed = jax.tree.map(router_sharding, block)
     experts = jax.tree.map(expert_sharding, block.experts)
     return eqx.tree_at(lambda b: b.experts, placed, experts, is_leaf=lambda leaf: leaf is None)
 
 
-def _sharding(parallel: "ExpertParallel", leaf: Any, expert_axis: int | None) -> NamedSharding:
-    """Experts over `parallel.axis`; over mesh axes that `parallel` does not name, as `leaf` is."""
-    mesh, sharding = parallel.mesh, getattr(leaf, "sharding", None)
+def _sharding(layout: MeshLayout, leaf: Any, expert_axis: int | None) -> NamedSharding:
+    """Experts over `layout.axis`; over mesh axes that `layout` does not name, as `leaf` is."""
+    mesh, sharding = layout.mesh, getattr(leaf, "sharding", None)
     spec: list[tuple[str, ...]] = [()] * leaf.ndim
     if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
         for axis, names in enumerate(sharding.spec):
             names = (names,) if isinstance(names, str) else names or ()
-            spec[axis] = tuple(name for name in names if name not in parallel.tokens)
+            spec[axis] = tuple(name for name in names if name not in layout.tokens)
     if expert_axis is not None:
-        names = (parallel.axis, *spec[expert_axis])
+        names = (layout.axis, *spec[expert_axis])
         parts = math.prod(mesh.shape[name] for name in names)
         divides = not leaf.shape[expert_axis] % parts
-        spec[expert_axis] = names if divides else (parallel.axis,)
+        spec[expert_axis] = names if divides else (layout.axis,)
     while spec and not spec[-1]:
         spec.pop()
     entries = (names[0] if len(names) == 1 else names or None for names in spec)
     return NamedSharding(mesh, PartitionSpec(*entries))
 
 
-def shardings(parallel: "ExpertParallel", model: PyTree) -> PyTree:
+def shardings(layout: MeshLayout, model: PyTree) -> PyTree:
     """See `ExpertParallel.shardings`."""
 
     def place(node: Any) -> Any:
         if is_block(node):
-            return _block_shardings(parallel, node)
+            return _block_shardings(layout, node)
         if not _is_array(node):
             return None
         sharding = getattr(node, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh == parallel.mesh:
+        if isinstance(sharding, NamedSharding) and sharding.mesh == layout.mesh:
             return sharding
-        return NamedSharding(parallel.mesh, PartitionSpec())
+        return NamedSharding(layout.mesh, PartitionSpec())
 
     return jax.tree.map(place, model, is_leaf=is_block)
 
 
-def with_parallel(parallel: "ExpertParallel", block: RoutedMoE) -> RoutedMoE:
-    """`block` with another static field. Not by its constructor, which checks arrays that the
-    blocks of an optimizer state do not have."""
-    copy = object.__new__(type(block))
-    for field in dataclasses.fields(block):
-        object.__setattr__(copy, field.name, getattr(block, field.name))
-    object.__setattr__(copy, "parallel", parallel)
-    return copy
-
-
-def place_block(parallel: "ExpertParallel", block: RoutedMoE) -> RoutedMoE:
+def place_block(layout: MeshLayout, block: RoutedMoE) -> RoutedMoE:
     """`block` with its arrays on the mesh; under `jax.jit` or for shapes alone, unplaced."""
     arrays, static = eqx.partition(block, lambda leaf: isinstance(leaf, jax.Array))
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arrays)):
         return block
-    return eqx.combine(jax.device_put(arrays, _block_shardings(parallel, arrays)), static)
+    return eqx.combine(jax.device_put(arrays, _block_shardings(layout, arrays)), static)
 
 
-def check_experts(parallel: "ExpertParallel", block: RoutedMoE) -> None:
-    """The block can be computed by this many devices."""
-    check_parallel_backend(block.backend)
-    if block.checks:
-        raise ValueError(
-            "`checks` must be False in a block that is spread over devices: a run-time error "
-            "cannot leave one of them. Got True."
-        )
+def check_experts(layout: MeshLayout, block: RoutedMoE) -> None:
+    """The experts of `block` can be spread over the devices of the layout."""
     found = _stacked_axes(block)
     if found is None:
         return
@@ -131,9 +111,9 @@ def check_experts(parallel: "ExpertParallel", block: RoutedMoE) -> None:
                 f"`experts` must hold arrays that all start with the {num_experts} experts, after "
                 f"{axis} axes of stacked layers. Got shape {leaf.shape}."
             )
-    if num_experts % parallel.size:
+    if num_experts % layout.size:
         warnings.warn(
-            f"{num_experts} experts do not divide over {parallel.size} devices: every device "
+            f"{num_experts} experts do not divide over {layout.size} devices: every device "
             "stores them all.",
             stacklevel=3,
         )

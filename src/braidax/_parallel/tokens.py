@@ -2,26 +2,24 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from .context import context_of
-
-if TYPE_CHECKING:
-    from .expert_parallel import ExpertParallel
+from .layout import MeshLayout
 
 
-class Layout(NamedTuple):
+class TokenLayout(NamedTuple):
     """How `*batch` becomes something that is split over the token axes of the mesh.
 
     If the first axis divides, nothing is reshaped. Otherwise all axes are flattened to one and
     padded. `names` are the mesh axes of each batch axis on the way in, on an Explicit mesh.
     """
 
-    parallel: "ExpertParallel"
+    layout: MeshLayout
     batch: tuple[int, ...]
     names: tuple
 
@@ -33,7 +31,7 @@ class Layout(NamedTuple):
     @property
     def shards(self) -> int:
         """Parts that the tokens are split into."""
-        return self.parallel.token_shards
+        return self.layout.token_shards
 
     @property
     def padding(self) -> int:
@@ -47,7 +45,7 @@ class Layout(NamedTuple):
             return None
         count = math.prod(self.batch)
         live = jnp.arange(count + self.padding) < count
-        return self._placed(lambda array: array, live, (self.parallel.tokens,))
+        return self._placed(lambda array: array, live, (self.layout.tokens,))
 
     def spread(self, array: Array) -> Array:
         """`(*batch, ...)` with one leading axis in equal parts."""
@@ -58,7 +56,7 @@ class Layout(NamedTuple):
             return jnp.pad(array, ((0, self.padding), *[(0, 0)] * len(rest)))
 
         flat = flatten if not self.direct else lambda array: array
-        return self._placed(flat, array, (self.parallel.tokens,))
+        return self._placed(flat, array, (self.layout.tokens,))
 
     def restore(self, array: Array) -> Array:
         """The inverse of `spread`, without the padding and where the batch was on the mesh."""
@@ -69,17 +67,17 @@ class Layout(NamedTuple):
         return self._placed(unflatten if not self.direct else lambda a: a, array, self.names)
 
     def _placed(self, function: Callable[[Array], Array], array: Array, names: tuple) -> Array:
-        context = context_of(self.parallel)
+        context = context_of(self.layout)
         if not context.explicit:
             return function(array)
         # Here the compiler reshards, as it does everywhere on an Auto mesh.
         return jax.sharding.auto_axes(function, out_sharding=context.sharding(*names))(array)
 
 
-def layout_of(parallel: "ExpertParallel", hidden_states: Array) -> Layout:
+def token_layout(layout: MeshLayout, hidden_states: Array) -> TokenLayout:
     """The layout of hidden states `(*batch, hidden)`, and where an Explicit mesh has them."""
     batch = hidden_states.shape[:-1]
     sharding = jax.typeof(hidden_states).sharding
-    on_mesh = bool(context_of(parallel).explicit) and not sharding.mesh.empty
+    on_mesh = bool(context_of(layout).explicit) and not sharding.mesh.empty
     names = tuple(sharding.spec)[: len(batch)] if on_mesh else ()
-    return Layout(parallel, batch, (*names, *[None] * (len(batch) - len(names))))
+    return TokenLayout(layout, batch, (*names, *[None] * (len(batch) - len(names))))

@@ -1,6 +1,10 @@
 """Routers: which experts, with what weight. A new router is one file here."""
 
 from .base import AbstractRouter as AbstractRouter
+from .base import check_hidden_states as check_hidden_states
+from .base import check_mask as check_mask
+from .base import checked_ids as checked_ids
 from .from_config import router_from_config as router_from_config
+from .gate import Gate as Gate
 from .hash import HashRouter as HashRouter
 from .top_k import TopKRouter as TopKRouter

@@ -5,28 +5,29 @@ from typing import Any
 from jaxtyping import DTypeLike, PRNGKeyArray
 
 from .. import hash_tables
-from .._config import MoEConfig, is_hash_layer
+from .._config import MoEConfig, score_function
 from .base import AbstractRouter
 from .hash import HashRouter
 from .top_k import TopKRouter
 
 
 def router_from_config(
-    config: MoEConfig, layer_idx: int, *, dtype: DTypeLike, key: PRNGKeyArray
+    config: MoEConfig, layer_idx: int, *, dtype: DTypeLike | None, key: PRNGKeyArray
 ) -> AbstractRouter:
     """The router of layer `layer_idx`: by an MD5 table salted with the layer index if it is one of
     the first `config.num_hash_layers`, by score otherwise."""
     sizes = (config.hidden_size, config.num_experts, config.num_experts_per_token)
     gate: dict[str, Any] = {
-        "score_function": config.score_function,
+        "score_function": score_function(config.score_function),
         "normalize": config.normalize,
         "scaling_factor": config.scaling_factor,
         "temperature": config.temperature,
         "dtype": dtype,
         "key": key,
     }
-    if is_hash_layer(config, layer_idx):
-        assert config.vocab_size is not None  # MoEConfig asks for it when it has hash layers.
+    if config.is_hash_layer(layer_idx):
+        if config.vocab_size is None:
+            raise ValueError("`config.vocab_size` must be given for a hash layer. Got None.")
         table = hash_tables.md5(config.vocab_size, *sizes[1:], salt=layer_idx)
         return HashRouter(*sizes, table=table, **gate)
     return TopKRouter(

@@ -9,7 +9,9 @@ from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int, Integer, PR
 
 from .._balance import updated_bias
 from .._checks import positive_integer
+from .._scoring import sqrt_softplus
 from .base import AbstractRouter
+from .gate import Gate, ScoreFunction, checked_experts_per_token
 
 
 class TopKRouter(AbstractRouter):
@@ -23,7 +25,7 @@ class TopKRouter(AbstractRouter):
     the small steps it is updated with. Known elsewhere as `gate.bias` or
     `e_score_correction_bias`.
 
-    - `weight`: `(experts, hidden)`, the gate.
+    - `gate`: the `Gate`.
     - `score_correction_bias`: `(experts,)`, 0 at construction.
     - all others: the arguments of the constructor.
 
@@ -41,15 +43,11 @@ class TopKRouter(AbstractRouter):
         ([3, 5], 1.5)
     """
 
-    weight: Float[Array, "experts hidden"]
+    gate: Gate
     score_correction_bias: Float[Array, " experts"]
     num_experts_per_token: int = eqx.field(static=True)
-    score_function: str = eqx.field(static=True)
-    normalize: bool = eqx.field(static=True)
-    scaling_factor: float = eqx.field(static=True)
     num_groups: int = eqx.field(static=True)
     num_selected_groups: int = eqx.field(static=True)
-    temperature: float = eqx.field(static=True)
 
     untrained_fields: ClassVar[tuple[str, ...]] = ("score_correction_bias",)
 
@@ -59,40 +57,38 @@ class TopKRouter(AbstractRouter):
         num_experts: int,
         num_experts_per_token: int,
         *,
-        score_function: str = "sqrtsoftplus",
-        normalize: bool = True,
-        scaling_factor: float | int = 1.0,
         num_groups: int = 1,
         num_selected_groups: int = 1,
+        score_function: ScoreFunction = sqrt_softplus,
+        normalize: bool = True,
+        scaling_factor: float | int = 1.0,
         temperature: float | int = 1.0,
-        dtype: DTypeLike = jnp.float32,
+        use_bias: bool = False,
+        dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
         """**Arguments:**
 
         - `hidden_size`, `num_experts`, `num_experts_per_token`: sizes.
-        - `score_function`: `"sqrtsoftplus"`, `"sigmoid"` or `"softmax"`.
-        - `normalize`: divide the selected scores by their sum (softmax scores are kept).
-        - `scaling_factor`: multiplies the weights, last.
         - `num_groups`, `num_selected_groups`: selection limited to the groups of consecutive
             experts with the highest sum of two best biased scores; 1 and 1 for no limit.
-        - `temperature`: divides the logits.
-        - `dtype`: of `weight`.
-        - `key`: for the initialisation of `weight`.
+        - `score_function`, `normalize`, `scaling_factor`, `temperature`, `use_bias`, `dtype`,
+            `key`: as for `Gate`.
 
         **Raises:** `ValueError` or `TypeError` naming the argument.
         """
-        self._set_gate(
+        self.gate = Gate(
             hidden_size,
             num_experts,
-            num_experts_per_token,
             score_function=score_function,
             normalize=normalize,
             scaling_factor=scaling_factor,
             temperature=temperature,
+            use_bias=use_bias,
             dtype=dtype,
             key=key,
         )
+        self.num_experts_per_token = checked_experts_per_token(num_experts_per_token, num_experts)
         _check_groups(num_experts, num_experts_per_token, num_groups, num_selected_groups)
         self.score_correction_bias = jnp.zeros(num_experts, jnp.float32)
         self.num_groups = int(num_groups)
@@ -103,13 +99,15 @@ class TopKRouter(AbstractRouter):
         scores: Float[Array, "*batch experts"],
         logits: Float[Array, "*batch experts"],
         input_ids: Integer[Array, "*batch"] | None,
+        *,
+        key: PRNGKeyArray | None,
     ) -> tuple[Int[Array, "*batch experts_per_token"], Bool[Array, "*batch"]]:
-        """Bias-corrected, group-limited top-k of `scores`; `input_ids` is ignored. As
+        """Bias-corrected, group-limited top-k of `scores`; `input_ids` and `key` are ignored. As
         `AbstractRouter.select`.
 
         **Raises:** `ValueError` or `TypeError` at trace time for a bias of another shape or dtype.
         """
-        del input_ids
+        del input_ids, key
         bias = jnp.asarray(self.score_correction_bias)
         _check_bias(bias, scores.shape[-1])
         scores, bias = jax.lax.stop_gradient((scores, bias))

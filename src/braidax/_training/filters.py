@@ -44,7 +44,7 @@ def trainable(model: PyTree) -> PyTree[bool]:
         >>> import braidax as bx, equinox as eqx, jax
         >>> router = bx.TopKRouter(32, 8, 2, key=jax.random.key(0))
         >>> parameters, rest = eqx.partition(router, bx.trainable(router))
-        >>> parameters.weight.shape, parameters.score_correction_bias
+        >>> parameters.gate.weight.shape, parameters.score_correction_bias
         ((8, 32), None)
     """
     return _mask(model, eqx.is_inexact_array)
@@ -62,7 +62,7 @@ def decay_mask(params: PyTree) -> PyTree[bool]:
         >>> import braidax as bx, jax, optax
         >>> optimizer = optax.adamw(1e-3, mask=bx.decay_mask)
         >>> mask = bx.decay_mask(bx.TopKRouter(32, 8, 2, key=jax.random.key(0)))
-        >>> mask.weight, mask.score_correction_bias
+        >>> mask.gate.weight, mask.score_correction_bias
         (True, False)
     """
     return _mask(params, lambda _: True)
@@ -74,7 +74,7 @@ def _routers(model: PyTree) -> list[AbstractRouter]:
 
 def _layer_loads(router: AbstractRouter, routing: Routing, position: int) -> Int32[Array, "..."]:
     """The load that `router` is updated with: `(*layers, experts)`, layers from stacked weights."""
-    *layers, num_experts, _ = router.weight.shape
+    *layers, num_experts, _ = router.gate.weight.shape
     if routing.scores.shape[-1] != num_experts:
         raise ValueError(
             f"`routings[{position}]` must come from a router of {num_experts} experts. "

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._experts import SwiGLU
+from .._experts import FeedForward
 from .._moe import RoutedAndSharedMoE
 from .._routing import Routing
 from .settings import VOCAB_SIZE, Settings
@@ -42,9 +42,9 @@ class CausalAttention(eqx.Module):
 
 
 class DenseFeedForward(eqx.Module):
-    """One SwiGLU for every token behind the block's interface: there is no routing to return."""
+    """One FeedForward for every token behind the block's interface: there is no routing to return."""
 
-    feed_forward: SwiGLU
+    feed_forward: FeedForward
 
     def __call__(
         self,
@@ -69,7 +69,7 @@ class DecoderLayer(eqx.Module):
         self.attention = CausalAttention(settings.hidden, settings.heads, key=attention_key)
         self.feed_forward_norm = eqx.nn.RMSNorm(settings.hidden, use_bias=False)
         if settings.dense:
-            swiglu = SwiGLU(settings.hidden, settings.dense_width(), key=feed_forward_key)
+            swiglu = FeedForward(settings.hidden, settings.dense_width(), key=feed_forward_key)
             self.feed_forward = DenseFeedForward(swiglu)
         else:
             self.feed_forward = RoutedAndSharedMoE.from_config(

@@ -1,12 +1,65 @@
 """Dropless dispatch: one row for every assignment, sorted by expert."""
 
 from functools import partial
+from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from .base import AbstractDispatch
+from .._checks import boolean
+from .._experts import AbstractExperts
+from .._matmul import AbstractGroupedMatmul, GroupedMatmul, accumulation_dtype
+from .._routing import Routing
+from .base import AbstractDispatch, checked_kernel
+
+
+class SortedDispatch(AbstractDispatch):
+    """Rows sorted by expert, one for every assignment: no capacity, nothing dropped.
+
+    **Example:**
+
+        >>> import braidax as bx, jax
+        >>> dispatch = bx.SortedDispatch(bx.matmul.Blocks(), remat=True)
+        >>> block = bx.top_k_moe(32, 16, 8, 2, dispatch=dispatch, key=jax.random.key(0))
+    """
+
+    matmul: AbstractGroupedMatmul
+    remat: bool = eqx.field(static=True)
+
+    def __init__(self, matmul: AbstractGroupedMatmul | None = None, *, remat: bool = False):
+        """**Arguments:**
+
+        - `matmul`: the kernel of the experts' products; by default `Auto()`.
+        - `remat`: do not keep the experts' pre-activations, `(rows, 2 * intermediate)` float32 in
+            each layer, for the backward pass: it computes them again. Same numbers, more time, and
+            less memory for layers in a `jax.lax.scan`. Unrolled layers on a CPU gain nothing.
+
+        **Raises:** `TypeError` naming the argument.
+        """
+        self.matmul = checked_kernel(matmul)
+        self.remat = boolean("remat", remat)
+
+    def __call__(
+        self,
+        experts: AbstractExperts,
+        hidden_states: Float[Array, "*batch hidden"],
+        routing: Routing,
+    ) -> tuple[Float[Array, "*batch hidden"], Int[Array, ""]]:
+        """As `AbstractDispatch.__call__`."""
+        slots = routing.indices.shape[-1]
+        plan = plan_rows(routing.indices.reshape(-1), routing.scores.shape[-1])
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        rows = spread(tokens, plan.order, plan.inverse, slots)
+        experts = eqx.filter_checkpoint(experts) if self.remat else experts
+        rows = experts(rows, plan.group_sizes, GroupedMatmul(self.matmul))
+        # As a spread with one slot: the weight of every row.
+        weights = spread(routing.weights.reshape(-1), plan.order, plan.inverse, 1)
+        rows = rows * weights[:, None].astype(rows.dtype)
+        output = collect(rows, plan.order, plan.inverse, slots)
+        output = output.astype(accumulation_dtype(hidden_states))
+        return output.reshape(hidden_states.shape), jnp.zeros((), jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -62,8 +115,8 @@ spread.defvjp(_forward(spread), _backward(collect))
 collect.defvjp(_forward(collect), _backward(spread))
 
 
-class SortedDispatch(AbstractDispatch):
-    """Rows sorted by expert, tokens in order within an expert, padding last.
+class RowPlan(NamedTuple):
+    """Rows sorted by expert, tokens in order within an expert, nobody's rows last.
 
     `order[row]` is the assignment (token * experts_per_token + slot) in that row, and
     `inverse[assignment]` the row it went to.
@@ -73,42 +126,18 @@ class SortedDispatch(AbstractDispatch):
     inverse: Int[Array, " rows"]
     group_sizes: Int[Array, " groups"]
 
-    def gather(self, hidden_states: Float[Array, "tokens hidden"]) -> Float[Array, "rows hidden"]:
-        """The token of every row."""
-        slots = self.order.shape[0] // max(hidden_states.shape[0], 1)
-        return spread(hidden_states, self.order, self.inverse, max(slots, 1))
 
-    def combine(
-        self,
-        rows: Float[Array, "rows hidden"],
-        weights: Float[Array, "tokens experts_per_token"],
-    ) -> Float[Array, "tokens hidden"]:
-        """Weighted sum of each token's rows, in the fixed order of its slots."""
-        # As a spread with one slot: the weight of every row.
-        row_weights = spread(weights.reshape(-1), self.order, self.inverse, 1)
-        weighted = rows * row_weights[:, None].astype(rows.dtype)
-        return collect(weighted, self.order, self.inverse, weights.shape[1])
-
-
-def sorted_dispatch(
-    indices: Int[Array, "tokens experts_per_token"],
-    mask: Bool[Array, " tokens"] | None,
-    num_experts: int,
-) -> SortedDispatch:
-    """Plan the dispatch of `indices` with a stable sort: no capacity, nothing dropped."""
-    indices = indices.astype(jnp.int32)
-    if mask is not None:
-        # Past the last expert: sorted to the end, into no group.
-        indices = jnp.where(mask[:, None], indices, num_experts)
+def plan_rows(indices: Int[Array, " rows"], num_experts: int) -> RowPlan:
+    """The plan of all assignments `indices`, by a stable sort."""
     positions = jnp.arange(indices.size, dtype=jnp.int32)
-    experts, order = _sort(indices.reshape(-1), positions, num_experts)
+    experts, order = _sort(indices.astype(jnp.int32), positions, num_experts)
     inverse = (
         jnp.zeros_like(order)
         .at[order]
         .set(positions, mode="promise_in_bounds", unique_indices=True)
     )
     edges = jnp.searchsorted(experts, jnp.arange(num_experts + 1, dtype=experts.dtype))
-    return SortedDispatch(order, inverse, jnp.diff(edges).astype(jnp.int32))
+    return RowPlan(order, inverse, jnp.diff(edges).astype(jnp.int32))
 
 
 def _sort(

@@ -1,9 +1,9 @@
 """The feed-forward network of decoding: so few rows that reading the weights is what takes time.
 
-A loop over blocks copies every matrix out of its stack before it multiplies, which costs more than
-the product itself when a group has a handful of rows. So every group's first rows are multiplied
-with the whole stack in place, where most groups have rows at all; what is left, or everything
-where few groups have rows, goes in blocks, several at a time.
+A loop over blocks copies every matrix out of its stack before it multiplies. The copy costs more
+than the product itself if a group has a handful of rows. If most groups have rows, the first rows
+of every group are multiplied with the whole weight stack at once. The remaining rows (all rows, if
+few groups are in use) are processed in blocks, four at a time.
 """
 
 from typing import NamedTuple
@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .blocks import of_group
-from .feed_forward import Activation
-from .grouped_matmul import accumulation_dtype
+from .network import Activation, FeedForwardWeights, accumulation_dtype, activate
+from .stacks import of_group
 
 _LARGEST_MEAN = 16  # rows of a group
 _BLOCKS_AT_ONCE = 4  # measured: a third faster than one at a time, more gain nothing
@@ -68,37 +67,40 @@ def _take(rows, starts, stops, size: int, dtype):
     return jnp.where((row < stops[:, None])[..., None], taken, 0).astype(dtype)
 
 
-def _multiply_tiles(tiles, up, down, activation: Activation):
+def _multiply_tiles(tiles: Array, weights: FeedForwardWeights, activation: Activation) -> Array:
     """`(tiles, size, hidden)` through the network of each tile."""
-    before = jax.lax.dot_general(up, tiles, (((2,), (2,)), ((0,), (0,))))
+    before = jax.lax.dot_general(weights.up, tiles, (((2,), (2,)), ((0,), (0,))))
     # The weights on the left are read twice as fast; without the barrier XLA swaps the sides.
     before = jax.lax.optimization_barrier(before).swapaxes(1, 2)
-    return jax.lax.dot_general(activation(before), down, (((2,), (1,)), ((0,), (0,))))
+    if weights.up_bias is not None:
+        before = before + weights.up_bias[:, None]
+    activations = activate(activation, before)
+    output = jax.lax.dot_general(activations, weights.down, (((2,), (1,)), ((0,), (0,))))
+    return output if weights.down_bias is None else output + weights.down_bias[:, None]
 
 
 def forward_few_rows(
     rows: Float[Array, "rows hidden"],
-    up: Float[Array, "groups up hidden"],
-    down: Float[Array, "groups intermediate hidden"],
+    weights: FeedForwardWeights,
     group_sizes: Int[Array, " groups"],
     activation: Activation,
     size: int,
 ) -> Float[Array, "rows hidden"]:
-    """The output, with tiles of `size` rows."""
-    num_rows, hidden = rows.shape[0], down.shape[2]
-    dtype = accumulation_dtype(rows, up, down)
+    """The output, with tiles of `size` rows. Rows of no group hold anything."""
+    num_rows, (num_groups, _, hidden) = rows.shape[0], weights.down.shape
+    dtype = accumulation_dtype(rows, weights.up, weights.down)
     # A product with a stack of narrow numbers would widen all of it first.
-    in_place = up.dtype == dtype and down.dtype == dtype
-    whole = in_place & (2 * jnp.count_nonzero(group_sizes) >= up.shape[0])
+    in_place = weights.up.dtype == dtype and weights.down.dtype == dtype
+    whole = in_place & (2 * jnp.count_nonzero(group_sizes) >= num_groups)
     plan = _plan(group_sizes, num_rows, size, whole)
 
     def zeros(tiles):
-        # Like the rows: inside `jax.shard_map` a carry has to vary over the mesh as they do.
+        # Made of the rows: inside `jax.shard_map` a carry has to vary over the mesh as they do.
         return jax.lax.full_like(rows, 0, dtype, (tiles, size, hidden))
 
     def with_whole_stack():
         tiles = _take(rows, plan.starts, plan.stops, size, dtype)
-        return _multiply_tiles(tiles, up, down, activation)
+        return _multiply_tiles(tiles, weights, activation)
 
     def step(i, outputs):
         begin = i * _BLOCKS_AT_ONCE
@@ -108,22 +110,30 @@ def forward_few_rows(
         )
         block = begin + jnp.arange(_BLOCKS_AT_ONCE, dtype=jnp.int32)
         stop = jnp.where(block < plan.count, plan.stops[group], 0)
-        matrices = (
-            jnp.stack([of_group(stack, group[j], dtype) for j in range(_BLOCKS_AT_ONCE)])
-            for stack in (up, down)
-        )
-        tiles = _multiply_tiles(_take(rows, start, stop, size, dtype), *matrices, activation)
+        tiles = _take(rows, start, stop, size, dtype)
+        tiles = _multiply_tiles(tiles, _of_groups(weights, group, dtype), activation)
         return jax.lax.dynamic_update_slice_in_dim(outputs, tiles, begin, 0)
 
     steps = -(-plan.count // _BLOCKS_AT_ONCE)
     outputs = jax.lax.fori_loop(0, steps, step, zeros(plan.group.shape[0]))
     if in_place:
-        first = jax.lax.cond(whole, with_whole_stack, lambda: zeros(up.shape[0]))
+        first = jax.lax.cond(whole, with_whole_stack, lambda: zeros(num_groups))
         outputs = jnp.concatenate([first, outputs])
-    place = _places(plan, num_rows, size, up.shape[0] if in_place else 0)
-    collected = outputs.reshape(-1, hidden).at[place].get(mode="promise_in_bounds")
-    owned = jnp.arange(num_rows) < plan.stops[-1]
-    return jnp.where(owned[:, None], collected, 0)
+    place = _places(plan, num_rows, size, num_groups if in_place else 0)
+    return outputs.reshape(-1, hidden).at[place].get(mode="promise_in_bounds")
+
+
+def _of_groups(weights: FeedForwardWeights, group: Array, dtype: jnp.dtype) -> FeedForwardWeights:
+    """The weights of several groups, stacked and widened to `dtype`."""
+    matrices = (
+        jnp.stack([of_group(stack, group[i], dtype) for i in range(_BLOCKS_AT_ONCE)])
+        for stack in (weights.up, weights.down)
+    )
+    biases = (
+        None if bias is None else bias[group].astype(dtype)
+        for bias in (weights.up_bias, weights.down_bias)
+    )
+    return FeedForwardWeights(*matrices, *biases)
 
 
 def _places(plan: _Tiles, num_rows: int, size: int, num_first: int) -> Int[Array, " rows"]:

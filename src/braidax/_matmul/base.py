@@ -1,0 +1,181 @@
+"""The contract of a grouped product: every row times the matrix of its group."""
+
+import abc
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from . import network
+from .network import Activation, FeedForwardWeights, accumulation_dtype
+
+
+class AbstractGroupedMatmul(eqx.Module):
+    """A kernel: the two products that a `GroupedMatmul` is made of.
+
+    Rows come in groups: `group_sizes[g]` consecutive rows belong to group `g`. Rows past the sum
+    of the sizes belong to nobody. A kernel may leave anything in their results: the caller clears
+    them. Everything is accumulated in float32 or wider, and returned in `out_dtype`.
+
+    A subclass supplies `multiply` and `outer`. Its fields are its settings, and must be static. A
+    kernel that computes a whole feed-forward network at once overrides `forward`,
+    `forward_saving` and `backward` as well. Derivatives of any order and `jax.vmap` are written
+    once, in `GroupedMatmul`.
+
+    - `wide_rows`: whether rows may be wider than the weights. `False`: rows are rounded to the
+      dtype of the weights first.
+    - `clears_empty_groups`: whether `outer` and `backward` give 0 for a group without rows.
+      `False`: the caller clears them.
+    - `plain`: whether the kernel is plain JAX code. JAX then differentiates and maps it by its own
+      rules, forward mode included. Every row must belong to a group.
+
+    **Example:** a kernel that gathers one matrix for each row.
+
+        >>> import braidax as bx, jax, jax.numpy as jnp
+        >>> class Gathered(bx.AbstractGroupedMatmul):
+        ...     def multiply(self, rows, weight, group_sizes, *, transposed, out_dtype):
+        ...         group = jnp.searchsorted(group_sizes.cumsum(), jnp.arange(len(rows)), side="right")
+        ...         subscripts = "ri,roi->ro" if transposed else "ri,rio->ro"
+        ...         return jnp.einsum(subscripts, rows, weight[group]).astype(out_dtype)
+        ...
+        ...     def outer(self, left, right, group_sizes, *, out_dtype):
+        ...         group = jnp.searchsorted(group_sizes.cumsum(), jnp.arange(len(left)), side="right")
+        ...         products = left[:, :, None] * right[:, None, :]
+        ...         return jax.ops.segment_sum(products, group, len(group_sizes)).astype(out_dtype)
+        >>> block = bx.top_k_moe(8, 4, 4, 2, dispatch=bx.SortedDispatch(Gathered()),
+        ...     key=jax.random.key(0))
+        >>> output, _ = block(jnp.ones((2, 8)))
+    """
+
+    wide_rows: ClassVar[bool] = True
+    clears_empty_groups: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def multiply(
+        self,
+        rows: Float[Array, "rows size_in"],
+        weight: Any,
+        group_sizes: Int[Array, " groups"],
+        *,
+        transposed: bool,
+        out_dtype: jnp.dtype,
+    ) -> Float[Array, "rows size_out"]:
+        """`rows`, `(rows, a)`, times the matrices `weight`, `(groups, a, b)`: `(rows, b)`.
+
+        With `transposed` the matrices are `(groups, b, a)`. `group_sizes` is int32 `(groups,)`,
+        and `out_dtype` the dtype of the result."""
+
+    @abc.abstractmethod
+    def outer(
+        self,
+        left: Float[Array, "rows a"],
+        right: Float[Array, "rows b"],
+        group_sizes: Int[Array, " groups"],
+        *,
+        out_dtype: jnp.dtype,
+    ) -> Float[Array, "groups a b"]:
+        """For each group of `group_sizes`, `left^T right` over its rows: `(groups, a, b)`.
+
+        `left` is `(rows, a)`, `right` `(rows, b)`. Rows of nobody are 0 in both. The result has
+        `out_dtype`."""
+
+    def forward(
+        self,
+        rows: Float[Array, "rows hidden"],
+        weights: FeedForwardWeights,
+        group_sizes: Int[Array, " groups"],
+        activation: Activation,
+    ) -> Float[Array, "rows hidden"]:
+        """`rows`, `(rows, hidden)`, through the network of `weights` and `activation`, by
+        `group_sizes`: `(rows, hidden)` in float32 or wider."""
+        return self.forward_saving(rows, weights, group_sizes, activation)[0]
+
+    def forward_saving(
+        self,
+        rows: Float[Array, "rows hidden"],
+        weights: FeedForwardWeights,
+        group_sizes: Int[Array, " groups"],
+        activation: Activation,
+    ) -> tuple[Float[Array, "rows hidden"], Float[Array, "rows up"]]:
+        """As `forward` for `rows`, `weights`, `group_sizes` and `activation`, with the
+        pre-activations `(rows, parts * intermediate)` beside the output."""
+        return network.forward_saving(self.cleared_multiply, rows, weights, group_sizes, activation)
+
+    def backward(
+        self,
+        rows: Float[Array, "rows hidden"],
+        weights: FeedForwardWeights,
+        group_sizes: Int[Array, " groups"],
+        before: Float[Array, "rows up"],
+        cotangent: Float[Array, "rows hidden"],
+        activation: Activation,
+    ) -> tuple[Float[Array, "rows hidden"], FeedForwardWeights]:
+        """The cotangents of `rows` and `weights`, each in its own dtype.
+
+        `before` are the pre-activations that `forward_saving` gave for the same `group_sizes` and
+        `activation`, `cotangent` is that of its output, both `(rows, _)`."""
+        products = (self.cleared_multiply, self.cleared_outer)
+        return network.backward(
+            *products, rows, weights, group_sizes, before, cotangent, activation
+        )
+
+    def cleared_multiply(
+        self,
+        rows: Float[Array, "rows size_in"],
+        weight: Any,
+        group_sizes: Int[Array, " groups"],
+        *,
+        transposed: bool,
+        out_dtype: DTypeLike | None = None,
+    ) -> Float[Array, "rows size_out"]:
+        """`multiply` of `rows` and `weight` by `group_sizes`, `transposed` or not, in `out_dtype`
+        (by default float32 or wider), with rows of nobody 0."""
+        out_dtype = jnp.dtype(out_dtype or accumulation_dtype(rows, weight))
+        rows = rows if self.wide_rows else _rounded(rows, weight.dtype)
+        product = self.multiply(
+            rows, weight, group_sizes, transposed=transposed, out_dtype=out_dtype
+        )
+        return clear_nobody(product, group_sizes)
+
+    def cleared_outer(
+        self,
+        left: Float[Array, "rows a"],
+        right: Float[Array, "rows b"],
+        group_sizes: Int[Array, " groups"],
+        *,
+        out_dtype: DTypeLike | None = None,
+    ) -> Float[Array, "groups a b"]:
+        """`outer` of `left` and `right` by `group_sizes` in `out_dtype` (by default float32 or
+        wider), with groups without rows 0."""
+        out_dtype = jnp.dtype(out_dtype or accumulation_dtype(left, right))
+        left, right = (clear_nobody(rows, group_sizes) for rows in (left, right))
+        if not self.wide_rows:
+            left, right = (_rounded(rows, out_dtype) for rows in (left, right))
+        product = self.outer(left, right, group_sizes, out_dtype=out_dtype)
+        return self.clear_empty(product, group_sizes)
+
+    def clear_empty(
+        self, stack: Float[Array, "groups *size"], group_sizes: Int[Array, " groups"]
+    ) -> Float[Array, "groups *size"]:
+        """`stack`, `(groups, ...)`, with groups of size 0 in `group_sizes` cleared, unless the
+        kernel did so."""
+        if self.clears_empty_groups:
+            return stack
+        full = (group_sizes > 0).reshape(-1, *[1] * (stack.ndim - 1))
+        return jnp.where(full, stack, 0)
+
+
+def clear_nobody(
+    rows: Float[Array, "rows size"], group_sizes: Int[Array, " groups"]
+) -> Float[Array, "rows size"]:
+    """`rows` with those past the groups 0, whatever they held: a select, because 0 * NaN is NaN."""
+    owned = jnp.arange(rows.shape[0]) < group_sizes.sum()
+    return jnp.where(owned[:, None], rows, 0)
+
+
+def _rounded(rows: Float[Array, "rows size"], dtype: DTypeLike) -> Float[Array, "rows size"]:
+    """`rows` in `dtype` if it is narrower."""
+    narrower = jnp.finfo(dtype).bits < jnp.finfo(rows.dtype).bits
+    return rows.astype(dtype) if narrower else rows
