@@ -24,9 +24,9 @@ class AbstractDispatch(eqx.Module):
         >>> class OneByOne(bx.AbstractDispatch):
         ...     def __call__(self, experts, hidden_states, routing):
         ...         product, num_tokens = bx.GroupedMatmul(bx.matmul.Blocks()), len(hidden_states)
-        ...         output = jnp.zeros(hidden_states.shape)
-        ...         for expert in range(routing.scores.shape[-1]):
-        ...             sizes = jnp.zeros(routing.scores.shape[-1], jnp.int32).at[expert].set(num_tokens)
+        ...         num_experts, output = routing.scores.shape[-1], jnp.zeros(hidden_states.shape)
+        ...         for expert in range(num_experts):
+        ...             sizes = jnp.zeros(num_experts, jnp.int32).at[expert].set(num_tokens)
         ...             weight = jnp.where(routing.indices == expert, routing.weights, 0).sum(-1)
         ...             output += weight[:, None] * experts(hidden_states, sizes, product)
         ...         return output, jnp.zeros((), jnp.int32)
@@ -43,8 +43,10 @@ class AbstractDispatch(eqx.Module):
         mask: Bool[Array, "*batch"] | None,
         key: PRNGKeyArray | None,
     ) -> Routing:
-        """The `Routing` by `router` of `hidden_states`, `(*batch, hidden)`, with `input_ids` and
-        `mask` `(*batch,)` or `None`, and a `key`. A dispatch over a mesh routes where tokens are."""
+        """The `Routing` by `router` of `hidden_states`, `(*batch, hidden)`.
+
+        `input_ids` and `mask` are `(*batch,)` or `None`, and `key` goes to the router. A dispatch
+        over a mesh routes where the tokens are."""
         return router(hidden_states, input_ids, mask=mask, key=key)
 
     @abc.abstractmethod

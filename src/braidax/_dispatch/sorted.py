@@ -52,8 +52,8 @@ class SortedDispatch(AbstractDispatch):
         plan = plan_rows(routing.indices.reshape(-1), routing.scores.shape[-1])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         rows = spread(tokens, plan.order, plan.inverse, slots)
-        experts = eqx.filter_checkpoint(experts) if self.remat else experts
-        rows = experts(rows, plan.group_sizes, GroupedMatmul(self.matmul))
+        compute = eqx.filter_checkpoint(experts) if self.remat else experts
+        rows = compute(rows, plan.group_sizes, GroupedMatmul(self.matmul))
         # As a spread with one slot: the weight of every row.
         weights = spread(routing.weights.reshape(-1), plan.order, plan.inverse, 1)
         rows = rows * weights[:, None].astype(rows.dtype)

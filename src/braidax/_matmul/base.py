@@ -34,13 +34,17 @@ class AbstractGroupedMatmul(eqx.Module):
 
         >>> import braidax as bx, jax, jax.numpy as jnp
         >>> class Gathered(bx.AbstractGroupedMatmul):
+        ...     def group(self, num_rows, group_sizes):
+        ...         row = jnp.arange(num_rows)
+        ...         return jnp.searchsorted(group_sizes.cumsum(), row, side="right")
+        ...
         ...     def multiply(self, rows, weight, group_sizes, *, transposed, out_dtype):
-        ...         group = jnp.searchsorted(group_sizes.cumsum(), jnp.arange(len(rows)), side="right")
+        ...         group = self.group(len(rows), group_sizes)
         ...         subscripts = "ri,roi->ro" if transposed else "ri,rio->ro"
         ...         return jnp.einsum(subscripts, rows, weight[group]).astype(out_dtype)
         ...
         ...     def outer(self, left, right, group_sizes, *, out_dtype):
-        ...         group = jnp.searchsorted(group_sizes.cumsum(), jnp.arange(len(left)), side="right")
+        ...         group = self.group(len(left), group_sizes)
         ...         products = left[:, :, None] * right[:, None, :]
         ...         return jax.ops.segment_sum(products, group, len(group_sizes)).astype(out_dtype)
         >>> block = bx.top_k_moe(8, 4, 4, 2, dispatch=bx.SortedDispatch(Gathered()),
@@ -157,8 +161,8 @@ class AbstractGroupedMatmul(eqx.Module):
         return self.clear_empty(product, group_sizes)
 
     def clear_empty(
-        self, stack: Float[Array, "groups *size"], group_sizes: Int[Array, " groups"]
-    ) -> Float[Array, "groups *size"]:
+        self, stack: Float[Array, "groups ..."], group_sizes: Int[Array, " groups"]
+    ) -> Float[Array, "groups ..."]:
         """`stack`, `(groups, ...)`, with groups of size 0 in `group_sizes` cleared, unless the
         kernel did so."""
         if self.clears_empty_groups:

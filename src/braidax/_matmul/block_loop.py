@@ -70,7 +70,7 @@ def block_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
 def loop_over_blocks(
     group_sizes: Int[Array, " groups"],
     row_outputs: tuple[Float[Array, "rows _"], ...],
-    group_sums: tuple[Float[Array, "groups *_"], ...],
+    group_sums: tuple[Float[Array, "groups ..."], ...],
     read: Callable[[Array], Any],
     compute: Callable[[Window, Any, tuple[Array, ...]], tuple[tuple, tuple]],
     *,

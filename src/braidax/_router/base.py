@@ -124,8 +124,8 @@ def check_hidden_states(
     shape = router.gate.weight.shape
     if len(shape) != 2:
         raise ValueError(
-            f"`router.gate.weight` must have shape (experts, hidden). Got {shape}: layers stacked in "
-            "front are called one by one, by `jax.lax.scan` or `jax.vmap`."
+            f"`router.gate.weight` must have shape (experts, hidden). Got {shape}: layers stacked "
+            "in front are called one by one, by `jax.lax.scan` or `jax.vmap`."
         )
     last_axis("hidden_states", hidden_states, shape[-1], "hidden")
 

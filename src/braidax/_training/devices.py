@@ -55,7 +55,7 @@ class Devices:
         """Windows over all devices where they divide, else on every device."""
         if self.parallel is None:
             return windows
-        divides = len(windows) % self.parallel.token_shards == 0
+        divides = len(windows) % self.parallel.layout.token_shards == 0
         spec = PartitionSpec(self.parallel.tokens) if divides else PartitionSpec()
         return jax.device_put(windows, NamedSharding(self.parallel.mesh, spec))
 
