@@ -12,7 +12,7 @@ HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, VOCAB = 12, 7, 5, 3, 20
 
 
 class BackendCase(NamedTuple):
-    """A backend and what it promises beyond the right numbers."""
+    """A dispatch with its kernel, and what it promises beyond the right numbers."""
 
     name: str
     isolates_expert_nan: bool  # NaN in one expert's weights stays with its tokens.
@@ -30,6 +30,13 @@ BACKENDS = [
 if importlib.util.find_spec("tokamax") is not None:
     # On a CPU it is `ragged_dot` as well.
     BACKENDS.append(BackendCase("tokamax", False, forward_mode=False, wide_activations=False))
+
+
+def make_dispatch(bx, name, **options):
+    """The dispatch of each row of `BACKENDS`, or of any other kernel by its name."""
+    if name == "dense":
+        return bx.DenseDispatch()
+    return bx.SortedDispatch(getattr(bx.matmul, name.capitalize())(), **options)
 
 
 def random_indices(seed, tokens):
@@ -83,9 +90,11 @@ def make_block(bx, kind, backend, key=None, **options):
     """A `RoutedAndSharedMoE` with small clamped experts."""
     keys = jax.random.split(jax.random.key(0) if key is None else key, 3)
     router = make_router(bx, kind, keys[0], **{"scaling_factor": 1.5, **options})
-    experts = bx.SwiGLUExperts(EXPERTS, HIDDEN, INTERMEDIATE, limit=0.4, key=keys[1])
-    shared = bx.SwiGLU(HIDDEN, INTERMEDIATE, limit=0.4, key=keys[2])
-    return bx.RoutedAndSharedMoE(bx.RoutedMoE(router, experts, backend=backend), shared)
+    clamped = {"activation": bx.activations.swiglu(0.4)}
+    experts = bx.Experts(EXPERTS, HIDDEN, INTERMEDIATE, **clamped, key=keys[1])
+    shared = bx.FeedForward(HIDDEN, INTERMEDIATE, **clamped, key=keys[2])
+    routed = bx.RoutedMoE(router, experts, dispatch=make_dispatch(bx, backend))
+    return bx.RoutedAndSharedMoE(routed, shared)
 
 
 def make_inputs(batch=(2, 6)):

@@ -78,7 +78,7 @@ def identity_router(kind, size, k, **options):
         router = bx.HashRouter(size, size, k, table=table, key=jax.random.key(0), **options)
     else:
         router = bx.TopKRouter(size, size, k, key=jax.random.key(0), **options)
-    return eqx.tree_at(lambda r: r.weight, router, jnp.eye(size))
+    return eqx.tree_at(lambda r: r.gate.weight, router, jnp.eye(size))
 
 
 @eqx.filter_jit

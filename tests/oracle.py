@@ -37,16 +37,14 @@ def gate(token, weight, chosen, score_function, normalize, scaling_factor, tempe
     scores = SCORES[score_function](logits)
     indices = chosen(scores)
     weights = np.array([scores[i] for i in indices])
-    if normalize and score_function != "softmax":
+    if normalize:
         weights = weights / (weights.sum() + 1e-20)
     return scores, indices, weights * scaling_factor
 
 
 def swiglu(token, gate_up, down, limit):
-    """One expert on one token."""
-    intermediate = len(down)
-    gate = np.array([np.dot(row, token) for row in gate_up[:intermediate]])
-    up = np.array([np.dot(row, token) for row in gate_up[intermediate:]])
+    """One expert on one token; `gate_up` is (2, intermediate, hidden)."""
+    gate, up = (np.array([np.dot(row, token) for row in matrix]) for matrix in gate_up)
     if limit is not None:
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
     return (gate / (1 + np.exp(-gate)) * up) @ down
@@ -65,12 +63,10 @@ def block_and_gradients(tokens, indices, weights, gate_up, down, limit, cotangen
     """Output of `routed` and its vector-Jacobian product by the chain rule, by hand."""
     d_tokens, d_weights = np.zeros_like(tokens), np.zeros_like(weights)
     d_gate_up, d_down = np.zeros_like(gate_up), np.zeros_like(down)
-    intermediate = down.shape[1]
     bound = np.inf if limit is None else limit
     for t, token in enumerate(tokens):
         for slot, expert in enumerate(indices[t]):
-            pre = gate_up[expert] @ token
-            gate, up = pre[:intermediate], pre[intermediate:]
+            gate, up = gate_up[expert] @ token
             g, u = np.minimum(gate, bound), np.clip(up, -bound, bound)
             s = 1 / (1 + np.exp(-g))
             h = g * s * u
@@ -80,8 +76,8 @@ def block_and_gradients(tokens, indices, weights, gate_up, down, limit, cotangen
             d_h = down[expert] @ d_out
             d_gate = np.where(gate <= bound, d_h * u * (s + g * s * (1 - s)), 0)
             d_up = np.where(np.abs(up) <= bound, d_h * g * s, 0)
-            d_pre = np.concatenate([d_gate, d_up])
-            d_gate_up[expert] += np.outer(d_pre, token)
-            d_tokens[t] += d_pre @ gate_up[expert]
+            for part, d_part in enumerate((d_gate, d_up)):
+                d_gate_up[expert, part] += np.outer(d_part, token)
+                d_tokens[t] += d_part @ gate_up[expert, part]
     output = routed(tokens, indices, weights, gate_up, down, limit)
     return output, d_tokens, d_weights, d_gate_up, d_down

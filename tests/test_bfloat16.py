@@ -57,7 +57,7 @@ def exact(moe, tokens, input_ids):
         bias = np.asarray(router.score_correction_bias, np.float64)
         return lambda scores: oracle.select(scores, bias, SLOTS)
 
-    weight = float64(router.weight)
+    weight = float64(router.gate.weight)
     gates = [
         oracle.gate(token, weight, chosen(i), router.score_function, True, router.scaling_factor)
         for token, i in zip(tokens, input_ids, strict=True)
@@ -76,7 +76,7 @@ def exact(moe, tokens, input_ids):
 def test_the_gate_computes_in_float32(case):
     moe, hidden_states, input_ids, (indices, weights, _) = case
     router = moe.routed.router
-    wide = eqx.tree_at(lambda router: router.weight, router, router.weight.astype(jnp.float32))
+    wide = eqx.tree_at(lambda router: router.gate.weight, router, router.gate.weight.astype(jnp.float32))
     route = eqx.filter_jit(lambda router, *inputs: router(*inputs))
     ours = route(router, hidden_states, input_ids)
     float32 = route(wide, hidden_states.astype(jnp.float32), input_ids)

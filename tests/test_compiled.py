@@ -22,7 +22,7 @@ def top_k_block(sizes, **options):
     """A block of `(hidden, intermediate, experts, experts_per_token)`."""
     hidden, intermediate, experts, slots = sizes
     router = bx.TopKRouter(hidden, experts, slots, key=jax.random.key(0))
-    stack = bx.SwiGLUExperts(experts, hidden, intermediate, limit=10.0, key=jax.random.key(1))
+    stack = bx.Experts(experts, hidden, intermediate, activation=bx.activations.swiglu(10.0), key=jax.random.key(1))
     return bx.RoutedMoE(router, stack, **options)
 
 
@@ -185,7 +185,7 @@ def test_remat_keeps_no_pre_activations(backend):
 def test_remat_under_vmap(backend):
     """Per-example gradients against the dense backend."""
     block, dense = make_block(bx, "top_k", backend), make_block(bx, "top_k", "dense")
-    routed = bx.RoutedMoE(block.routed.router, block.routed.experts, backend=backend, remat=True)
+    routed = bx.RoutedMoE(block.routed.router, block.routed.experts, dispatch=make_dispatch(bx, backend), remat=True)
     hidden_states, _ = make_inputs((3, 6))
 
     @eqx.filter_jit

@@ -40,8 +40,8 @@ dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 
 
 def make_experts(dtype, groups=GROUPS):
-    return bx.SwiGLUExperts(
-        groups, HIDDEN, INTERMEDIATE, limit=LIMIT, dtype=dtype, key=jax.random.key(0)
+    return bx.Experts(
+        groups, HIDDEN, INTERMEDIATE, activation=bx.activations.swiglu(LIMIT), dtype=dtype, key=jax.random.key(0)
     )
 
 
@@ -126,8 +126,8 @@ def test_float64(num_rows):
     ],
 )
 def test_single_rows_of_real_width(hidden, intermediate, dtype):
-    experts = bx.SwiGLUExperts(
-        3, hidden, intermediate, limit=LIMIT, dtype=dtype, key=jax.random.key(0)
+    experts = bx.Experts(
+        3, hidden, intermediate, activation=bx.activations.swiglu(LIMIT), dtype=dtype, key=jax.random.key(0)
     )
     rows, sizes = jax.random.normal(jax.random.key(1), (3, hidden)), [2, 0, 1]
     assert are_single_rows(3, 3)
@@ -145,7 +145,7 @@ def test_no_intermediate_width(num_rows):
 
 def test_single_rows_hold_two_parts_of_one_matrix():
     """The up-projection is read in place; of the down-projection two parts of 4 MB are copied."""
-    experts = bx.SwiGLUExperts(8, 4096, 512, limit=LIMIT, key=jax.random.key(0))
+    experts = bx.Experts(8, 4096, 512, activation=bx.activations.swiglu(LIMIT), key=jax.random.key(0))
     arguments = (experts, jnp.zeros((4, 4096)), jnp.zeros(8, jnp.int32))
     memory = infer.lower(*arguments).compile().compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 9.5e6 < experts.down[0].nbytes + experts.gate_up[0].nbytes
@@ -178,7 +178,7 @@ def test_what_is_chosen(num_rows, num_groups, single, size):
 def test_layer(tokens):
     """A whole layer, from one token on."""
     router = bx.TopKRouter(HIDDEN, GROUPS, 2, key=jax.random.key(2))
-    moe = bx.RoutedMoE(router, make_experts(jnp.float32), backend="blocks")
+    moe = bx.RoutedMoE(router, make_experts(jnp.float32), dispatch=make_dispatch(bx, "blocks"))
     hidden_states = make_rows(tokens)
     output, routing = eqx.filter_jit(moe)(hidden_states)
     weights, gate_up, down = (

@@ -48,7 +48,7 @@ CASES += [
 def test_block(name, backend):
     case = golden.load(name)
     block = bx.from_state_dict(bx.MoEConfig(**case.config), case.layer_idx, case.tensors)
-    routed = bx.RoutedMoE(block.routed.router, block.routed.experts, backend=backend)
+    routed = bx.RoutedMoE(block.routed.router, block.routed.experts, dispatch=make_dispatch(bx, backend))
     block = bx.RoutedAndSharedMoE(routed, block.shared)
     arrays = map(jnp.asarray, (case.hidden_states, case.input_ids, case.cotangent))
     output, routing, gradient, hidden_states_gradient = output_and_vjp(block, *arrays)
@@ -79,7 +79,7 @@ def test_router_at_a_released_size(name):
         key=jax.random.key(0),
     )
     router = eqx.tree_at(
-        lambda r: (r.weight, r.score_correction_bias), router, (jnp.asarray(weight), bias)
+        lambda r: (r.gate.weight, r.score_correction_bias), router, (jnp.asarray(weight), bias)
     )
     routing = router(jnp.asarray(hidden_states))
     indices, weights = sorted_by_index(routing.indices, routing.weights)

@@ -39,10 +39,10 @@ EXPERT_ERRORS = [
 def test_experts_that_make_no_sense(options, error, text, unchecked):
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}
     with pytest.raises(error, match=text):
-        bx.SwiGLUExperts(**{"num_experts": EXPERTS, **sizes, **options}, key=KEY)
+        bx.Experts(**{"num_experts": EXPERTS, **sizes, **options}, key=KEY)
     if "num_experts" not in options:
         with pytest.raises(error, match=text):
-            bx.SwiGLU(**{**sizes, **options}, key=KEY)
+            bx.FeedForward(**{**sizes, **options}, key=KEY)
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
@@ -53,7 +53,7 @@ def test_a_scaling_factor_that_is_not_finite_and_positive(kind, value):
 
 
 def test_no_limit_is_no_clamp():
-    experts = bx.SwiGLUExperts(EXPERTS, HIDDEN, INTERMEDIATE, key=KEY)
+    experts = bx.Experts(EXPERTS, HIDDEN, INTERMEDIATE, key=KEY)
     assert experts.limit is None
 
 

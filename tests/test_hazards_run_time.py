@@ -186,7 +186,7 @@ def test_no_tokens(kind, backend):
 def test_any_number_of_axes_and_odd_sizes(kind, shape):
     """13 tokens and 7 x 13 weights, a multiple of no block."""
     keys = jax.random.split(jax.random.key(4), 3)
-    sizes, experts = (7, 3, 2), bx.SwiGLUExperts(3, 7, 13, key=keys[0])
+    sizes, experts = (7, 3, 2), bx.Experts(3, 7, 13, key=keys[0])
     if kind == "hash":
         router = bx.HashRouter(*sizes, table=bx.hash_tables.md5(40, 3, 2), key=keys[1])
     else:
@@ -221,12 +221,12 @@ def test_as_many_experts_per_token_as_experts_and_one_of_each(backend):
                 key=jax.random.key(0),
             ),
         }[kind]()
-        experts = bx.SwiGLUExperts(1, HIDDEN, INTERMEDIATE, key=jax.random.key(1))
+        experts = bx.Experts(1, HIDDEN, INTERMEDIATE, key=jax.random.key(1))
         hidden_states, input_ids = make_inputs((1,))
-        block = bx.RoutedMoE(router, experts, backend=backend)
+        block = bx.RoutedMoE(router, experts, dispatch=make_dispatch(bx, backend))
         output, routing = call(block, hidden_states, input_ids)
         assert_close(routing.weights, [[2.5]])
-        one = bx.SwiGLU(HIDDEN, INTERMEDIATE, key=jax.random.key(1))
+        one = bx.FeedForward(HIDDEN, INTERMEDIATE, key=jax.random.key(1))
         where = lambda m: (m.gate_up, m.down)  # noqa: E731
         one = eqx.tree_at(where, one, (experts.gate_up[0], experts.down[0]))
         assert_close(output, 2.5 * one(hidden_states))

@@ -73,7 +73,7 @@ def test_a_skewed_router_is_balanced():
     reference's run and 1.50 after it."""
     router = bx.TopKRouter(16, 64, 6, key=jax.random.key(0))
     skew = jnp.linspace(-1, 1, 64)[:, None] * 0.15
-    router = eqx.tree_at(lambda r: r.weight, router, router.weight + skew)
+    router = eqx.tree_at(lambda r: r.gate.weight, router, router.gate.weight + skew)
 
     def tokens(key):
         return 0.5 + jax.random.normal(key, (256, 16))
@@ -130,7 +130,7 @@ def test_adam_and_a_moving_average_leave_the_untrained_alone(kind):
         parameters, average, state = step(parameters, average, state)
     for tree in (parameters, average):
         trained = eqx.combine(tree, static)
-        assert not np.array_equal(trained.routed.router.weight, block.routed.router.weight)
+        assert not np.array_equal(trained.routed.router.gate.weight, block.routed.router.gate.weight)
         for got, want in zip(untrained(trained), untrained(block), strict=True):
             assert got.dtype == want.dtype
             np.testing.assert_array_equal(got, want)
@@ -141,7 +141,7 @@ def test_a_cast_of_the_trainable_keeps_bias_and_table(kind):
     block = layer(kind)
     parameters, static = eqx.partition(block, bx.trainable(block))
     narrow = eqx.combine(jax.tree.map(lambda a: a.astype(jnp.bfloat16), parameters), static)
-    assert narrow.routed.router.weight.dtype == narrow.shared.down.dtype == jnp.bfloat16
+    assert narrow.routed.router.gate.weight.dtype == narrow.shared.down.dtype == jnp.bfloat16
     for got, want in zip(untrained(narrow), untrained(block), strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got, want)

@@ -29,7 +29,7 @@ def write(folder, layout, layer_idx, change=None):
 def assert_equal_bits(moe, numbers, dtype):
     """Every leaf is the float64 number rounded once; exactly, by its bits."""
     leaves = {
-        "weight": moe.routed.router.weight,
+        "weight": moe.routed.router.gate.weight,
         "gate_up": moe.routed.experts.gate_up,
         "down": moe.routed.experts.down,
         "shared_gate_up": moe.shared.gate_up,

@@ -134,7 +134,7 @@ def test_gradients_reach_the_rows_and_the_router(blocks):
             return (moe(hidden_states)[0] ** 2).sum()
 
         gradient, by_input = eqx.filter_grad(loss)((moe, hidden_states))
-        return by_input, gradient.routed.router.weight, gradient.shared.gate_up
+        return by_input, gradient.routed.router.gate.weight, gradient.shared.gate_up
 
     for found, wanted in zip(*map(gradients, blocks), strict=True):
         assert_close(found, wanted)

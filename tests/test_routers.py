@@ -18,7 +18,7 @@ def by_hand(logits, bias=0.0, *, k=2, **options):
     router = bx.TopKRouter(size, size, k, key=jax.random.key(0), **options)
     bias = jnp.broadcast_to(jnp.asarray(bias, jnp.float32), (size,))
     router = eqx.tree_at(
-        lambda r: (r.weight, r.score_correction_bias), router, (jnp.eye(size), bias)
+        lambda r: (r.gate.weight, r.score_correction_bias), router, (jnp.eye(size), bias)
     )
     return router(logits)
 
@@ -32,7 +32,7 @@ def test_against_the_oracle(kind, normalize, score_function):
     hidden_states, input_ids = make_inputs()
     routing = router(hidden_states, input_ids)
     tokens = np.asarray(hidden_states, np.float64).reshape(-1, HIDDEN)
-    weight = np.asarray(router.weight, np.float64)
+    weight = np.asarray(router.gate.weight, np.float64)
     for t, token in enumerate(tokens):
         if kind == "hash":
             row = np.asarray(router.table)[np.asarray(input_ids).reshape(-1)[t]]
@@ -184,7 +184,7 @@ def test_unselected_experts_have_exactly_zero_gradient_at_extreme_logits():
     router = bx.TopKRouter(4, 4, 2, key=jax.random.key(0))
 
     def loss(weight):
-        router_ = eqx.tree_at(lambda r: r.weight, router, weight)
+        router_ = eqx.tree_at(lambda r: r.gate.weight, router, weight)
         return router_(jnp.asarray([1.0, 0, 0, 0])).weights[0]
 
     gradient = jax.grad(loss)(jnp.zeros((4, 4)).at[:, 0].set(jnp.asarray([1, 0.5, -3, -120.0])))
@@ -206,14 +206,14 @@ def test_the_bias_keeps_small_steps_in_float32():
     bias = [20.14, 20.14002, 20.14]
     assert by_hand([0.0, 0.0, 0.0], bias, k=1).indices.tolist() == [1]
     router = bx.TopKRouter(4, 4, 1, dtype=jnp.bfloat16, key=jax.random.key(0))
-    assert router.weight.dtype == jnp.bfloat16
+    assert router.gate.weight.dtype == jnp.bfloat16
     assert router.score_correction_bias.dtype == jnp.float32
 
 
 def test_bfloat16_parameters_keep_a_float32_gate():
     router = bx.TopKRouter(256, 64, 6, dtype=jnp.bfloat16, key=jax.random.key(0))
     hidden_states = jax.random.normal(jax.random.key(1), (128, 256), jnp.bfloat16)
-    wide = eqx.tree_at(lambda r: r.weight, router, router.weight.astype(jnp.float32))
+    wide = eqx.tree_at(lambda r: r.gate.weight, router, router.gate.weight.astype(jnp.float32))
     got, want = router(hidden_states), wide(hidden_states.astype(jnp.float32))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

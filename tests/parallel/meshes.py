@@ -44,8 +44,8 @@ def make_block(router="top_k", num_experts=EXPERTS, *, dtype=jnp.float32, seed=0
         # Nobody is routed to the last expert: it must have a gradient of exactly 0.
         gate = eqx.tree_at(lambda g: g.score_correction_bias, gate, bias.at[-1].set(-99.0))
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "limit": 0.4}
-    experts = bx.SwiGLUExperts(num_experts, **sizes, dtype=dtype, key=keys[1])
-    shared = bx.SwiGLU(**sizes, dtype=dtype, key=keys[2])
+    experts = bx.Experts(num_experts, **sizes, dtype=dtype, key=keys[1])
+    shared = bx.FeedForward(**sizes, dtype=dtype, key=keys[2])
     return bx.RoutedAndSharedMoE(bx.RoutedMoE(gate, experts, **options), shared)
 
 

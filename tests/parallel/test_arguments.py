@@ -81,7 +81,7 @@ def test_shard_touches_only_the_blocks():
     shardings = parallel.shardings(sharded)
     assert shardings["embedding"].weight == fsdp
     everywhere = NamedSharding(mesh, PartitionSpec())
-    assert shardings["scale"] == shardings["block"].routed.router.weight == everywhere
+    assert shardings["scale"] == shardings["block"].routed.router.gate.weight == everywhere
     experts = NamedSharding(mesh, PartitionSpec("expert"))
     assert shardings["block"].routed.experts.gate_up == experts
     assert sharded["block"].routed.experts.gate_up.sharding == experts

@@ -62,7 +62,7 @@ def compile_block(strategy, shape, backward, capacity=None, kind="auto"):
     parallel = bx.ExpertParallel(mesh, strategy=strategy, capacity=capacity)
     keys = jax.random.split(jax.random.key(0))
     router = bx.TopKRouter(HIDDEN, EXPERTS, SLOTS, key=keys[0])
-    experts = bx.SwiGLUExperts(EXPERTS, HIDDEN, INTERMEDIATE, key=keys[1])
+    experts = bx.Experts(EXPERTS, HIDDEN, INTERMEDIATE, key=keys[1])
     block = parallel.shard(bx.RoutedMoE(router, experts))
     spread = jax.NamedSharding(mesh, jax.P(parallel.tokens))
     hidden_states = jax.ShapeDtypeStruct((4, TOKENS, HIDDEN), "float32", sharding=spread)

@@ -66,9 +66,9 @@ def test_training_equals_one_device(strategy, kind, batch, caplog):
     assert int(actual[0].routing.dropped) == 0
     # The router's gradient by itself: it is small beside the experts'.
     (one, _), (other, _) = actual[0].gradients, desired[0].gradients
-    gradient = np.asarray(other.routed.router.weight)
+    gradient = np.asarray(other.routed.router.gate.weight)
     np.testing.assert_allclose(
-        one.routed.router.weight, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max()
+        one.routed.router.gate.weight, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max()
     )
     # And an expert that nobody was routed to.
     assert int(actual[0].load[-1]) == 0 and not np.asarray(one.routed.experts.down)[-1].any()
@@ -212,7 +212,7 @@ def scanned(layers, hidden_states, target):
 def stacked_layers():
     make = lambda key: bx.RoutedMoE(  # noqa: E731
         bx.TopKRouter(HIDDEN, 8, 3, key=key),
-        bx.SwiGLUExperts(8, HIDDEN, 6, key=key),
+        bx.Experts(8, HIDDEN, 6, key=key),
     )
     layers = eqx.filter_vmap(make)(jax.random.split(jax.random.key(5), 3))
     hidden_states, _, target = make_tokens(4, 5)

@@ -79,7 +79,7 @@ def one_by_one(experts, tokens, weights, indices, target):
 
 def arguments_for(own, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(3), 4)
-    experts = bx.SwiGLUExperts(LOCAL, HIDDEN, 6, limit=0.4, dtype=dtype, key=keys[0])
+    experts = bx.Experts(LOCAL, HIDDEN, 6, activation=bx.activations.swiglu(0.4), dtype=dtype, key=keys[0])
     tokens = jax.random.normal(keys[1], (TOKENS, HIDDEN), dtype)
     weights = jax.random.uniform(keys[2], (TOKENS, SLOTS))
     target = jax.random.normal(keys[3], (TOKENS, HIDDEN))
@@ -142,7 +142,7 @@ def test_gradients_of_weights_that_are_shared_or_changed_first():
 
 def test_the_backward_pass_holds_no_second_stack_of_gradients():
     _, _, scales, indices, _ = arguments_for(25)
-    experts = bx.SwiGLUExperts(LOCAL, 128, 512, key=jax.random.key(5))
+    experts = bx.Experts(LOCAL, 128, 512, key=jax.random.key(5))
     tokens = jnp.ones((TOKENS, 128))
     compiled = chunked.lower(experts, tokens, scales, indices, tokens, chunk=7).compile()
     stack = sum(leaf.nbytes for leaf in jax.tree.leaves(experts))

@@ -17,13 +17,13 @@ def packed_block():
     rng = np.random.default_rng(0)
 
     def matrices(size_out, size_in):
-        experts = block.routed.router.weight.shape[0]
+        experts = block.routed.router.gate.weight.shape[0]
         payload = rng.integers(0, 256, (experts, size_out, size_in // 2)).astype(np.uint8)
         scale = np.full((experts, size_out, -(-size_in // 32)), 124, np.uint8)
         arrays = map(jnp.asarray, (payload, scale))
         return PackedMatrices(*arrays, "float4_e2m1fn", (1, 32))
 
-    hidden, intermediate = block.routed.router.weight.shape[1], 6
+    hidden, intermediate = block.routed.router.gate.weight.shape[1], 6
     experts = PackedSwiGLUExperts(
         matrices(2 * intermediate, hidden), matrices(hidden, intermediate), 0.4
     )

@@ -66,7 +66,7 @@ def router_gradients(theirs, ours, cotangent):
 
     router, ours_hidden = gradient((ours.routed.router, jnp.asarray(ONE)))
     theirs = theirs.gate.weight.grad.numpy(), hidden.grad.numpy()
-    return theirs, (np.asarray(router.weight), np.asarray(ours_hidden))
+    return theirs, (np.asarray(router.gate.weight), np.asarray(ours_hidden))
 
 
 def test_gradient_of_an_expert_that_was_not_selected():
@@ -184,7 +184,7 @@ def test_the_balance_loss():
     # at perfect balance is experts_per_token, here 2.
     assert float(theirs) == pytest.approx(2, abs=1e-5)
     router = bx.TopKRouter(4, 4, 2, key=jax.random.key(0))
-    router = eqx.tree_at(lambda router: router.weight, router, jnp.eye(4))
+    router = eqx.tree_at(lambda router: router.gate.weight, router, jnp.eye(4))
     routing = router(jnp.asarray(logits))
     scores = np.sqrt(np.logaddexp(0, [4.0, -4.0]))
     # arXiv:2412.19437, eq. 17-20: f is 2 for the experts in use, 1 at perfect balance.

@@ -79,7 +79,7 @@ def test_masked_groups_that_win_with_zero():
     )
     weight = np.diag(np.log(scores / (1 - scores)))
     router = eqx.tree_at(
-        lambda router: (router.weight, router.score_correction_bias),
+        lambda router: (router.gate.weight, router.score_correction_bias),
         router,
         (jnp.asarray(weight), jnp.full(8, -0.5)),
     )

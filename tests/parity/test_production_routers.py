@@ -34,7 +34,7 @@ SHAPES = [
 @eqx.filter_jit
 def value_and_vjp(router, hidden_states, input_ids, cotangent):
     """Routing, and the gradients of `cotangent[token, expert]` times the weights of the chosen."""
-    weight, others = eqx.partition(router, lambda leaf: leaf is router.weight)
+    weight, others = eqx.partition(router, lambda leaf: leaf is router.gate.weight)
 
     def call(weight, hidden_states):
         routing = eqx.combine(weight, others)(hidden_states, input_ids)
@@ -84,14 +84,14 @@ def test_router(kind, shape, record):
     routing, d_router, our_d_hidden = value_and_vjp(router, hidden_states, input_ids, cotangent)
     gaps = np.full(TOKENS, np.inf)
     if not is_hash:
-        logits = hidden_states.astype(np.float64) @ np.asarray(router.weight, np.float64).T
+        logits = hidden_states.astype(np.float64) @ np.asarray(router.gate.weight, np.float64).T
         gaps = ref.selection_gaps(np.sqrt(np.logaddexp(0, logits)) + bias, shape.per_token)
     ours = (np.asarray(routing.indices), np.asarray(routing.weights))
     weight_error, excluded = ref.compare_routing(ours, wanted, gaps)
     errors = {
         "weights": weight_error,
         "d hidden": ref.relative_error(our_d_hidden, d_hidden),
-        "d gate": ref.relative_error(d_router.weight, block.gate.weight.grad.numpy()),
+        "d gate": ref.relative_error(d_router.gate.weight, block.gate.weight.grad.numpy()),
     }
     configuration = f"{shape.hidden} {shape.experts}/{shape.per_token} {TOKENS} tokens"
     record(f"{kind} {shape.name}", f"{configuration} s={shape.scaling:g}", errors, excluded)
