@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import BACKENDS
+from cases import BACKENDS, make_dispatch
 
 import braidax as bx
 
@@ -40,7 +40,7 @@ def case(request):
 
 
 def swiglu_with_rounded_activations(token, gate_up, down, limit):
-    gate, up = np.split(gate_up @ token, 2)
+    gate, up = gate_up @ token
     gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
     activations = (gate / (1 + np.exp(-gate)) * up).astype(jnp.bfloat16)
     return activations.astype(np.float64) @ down
@@ -59,7 +59,7 @@ def exact(moe, tokens, input_ids):
 
     weight = float64(router.gate.weight)
     gates = [
-        oracle.gate(token, weight, chosen(i), router.score_function, True, router.scaling_factor)
+        oracle.gate(token, weight, chosen(i), "sqrtsoftplus", True, 1.5)
         for token, i in zip(tokens, input_ids, strict=True)
     ]
     indices, weights = (np.array([gate[field] for gate in gates]) for field in (1, 2))
@@ -76,7 +76,8 @@ def exact(moe, tokens, input_ids):
 def test_the_gate_computes_in_float32(case):
     moe, hidden_states, input_ids, (indices, weights, _) = case
     router = moe.routed.router
-    wide = eqx.tree_at(lambda router: router.gate.weight, router, router.gate.weight.astype(jnp.float32))
+    weight = router.gate.weight.astype(jnp.float32)
+    wide = eqx.tree_at(lambda router: router.gate.weight, router, weight)
     route = eqx.filter_jit(lambda router, *inputs: router(*inputs))
     ours = route(router, hidden_states, input_ids)
     float32 = route(wide, hidden_states.astype(jnp.float32), input_ids)
@@ -91,8 +92,8 @@ def test_the_gate_computes_in_float32(case):
 def test_the_output_is_rounded_once(case, backend):
     moe, hidden_states, input_ids, (_, _, (unrounded, rounded_activations)) = case
     output = unrounded if backend.wide_activations else rounded_activations
-    routed = bx.RoutedMoE(moe.routed.router, moe.routed.experts, backend=backend.name)
-    moe = bx.RoutedAndSharedMoE(routed, moe.shared)
+    dispatch = make_dispatch(bx, backend.name)
+    moe = eqx.tree_at(lambda moe: moe.routed.dispatch, moe, dispatch)
     ours, _ = eqx.filter_jit(moe)(hidden_states, input_ids)
     assert ours.dtype == jnp.bfloat16
     # The distance of neighbouring bfloat16 numbers: 8 bits of precision.

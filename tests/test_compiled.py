@@ -1,5 +1,6 @@
 """What JAX and XLA make of the block: operations, memory, traces, and code for other platforms."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -11,19 +12,20 @@ import jax.extend
 import jax.numpy as jnp
 import optax
 import pytest
-from cases import EXPERTS, ROUTERS, SLOTS, assert_close, make_block, make_inputs
+from cases import EXPERTS, ROUTERS, SLOTS, assert_close, make_block, make_dispatch, make_inputs
 
 import braidax as bx
 
 sorted_backends = pytest.mark.parametrize("backend", ["blocks", "ragged"])
 
 
-def top_k_block(sizes, **options):
+def top_k_block(sizes, backend, **options):
     """A block of `(hidden, intermediate, experts, experts_per_token)`."""
     hidden, intermediate, experts, slots = sizes
     router = bx.TopKRouter(hidden, experts, slots, key=jax.random.key(0))
-    stack = bx.Experts(experts, hidden, intermediate, activation=bx.activations.swiglu(10.0), key=jax.random.key(1))
-    return bx.RoutedMoE(router, stack, **options)
+    activation = bx.activations.swiglu(10.0)
+    stack = bx.Experts(experts, hidden, intermediate, activation=activation, key=jax.random.key(1))
+    return bx.RoutedMoE(router, stack, dispatch=make_dispatch(bx, backend, **options))
 
 
 def functions(block):
@@ -185,7 +187,7 @@ def test_remat_keeps_no_pre_activations(backend):
 def test_remat_under_vmap(backend):
     """Per-example gradients against the dense backend."""
     block, dense = make_block(bx, "top_k", backend), make_block(bx, "top_k", "dense")
-    routed = bx.RoutedMoE(block.routed.router, block.routed.experts, dispatch=make_dispatch(bx, backend), remat=True)
+    routed = dataclasses.replace(block.routed, dispatch=make_dispatch(bx, backend, remat=True))
     hidden_states, _ = make_inputs((3, 6))
 
     @eqx.filter_jit
@@ -244,3 +246,67 @@ def test_lowering_for_other_platforms(platform, backend):
             ragged = len(re.findall(r'= "?chlo\.ragged_dot"?[ (]', text))
             assert ragged == (products if backend == "ragged" else 0)
             assert ("stablehlo.while" in text) or backend == "ragged"
+
+
+@pytest.mark.parametrize("platform, products", [("tpu", 2), ("cuda", 0), ("cpu", 0)])
+def test_the_default_kernel_is_chosen_when_a_program_is_lowered(platform, products):
+    """Traced on a CPU, exported for another platform: `ragged_dot` on a TPU, loops elsewhere."""
+    parameters, forward, gradient = functions(bx.top_k_moe(12, 7, 5, 3, key=jax.random.key(0)))
+    for function, factor in ((forward, 1), (gradient, 3)):
+        text = jax.export.export(jax.jit(function), platforms=[platform])(
+            parameters, jnp.ones((9, 12))
+        ).mlir_module()
+        assert len(re.findall(r'= "?chlo\.ragged_dot"?[ (]', text)) == factor * products
+        assert ("stablehlo.while" in text) == (products == 0)
+
+
+def test_auto_says_what_it_chooses():
+    auto = bx.matmul.Auto()
+    assert auto.chosen("tpu") == bx.matmul.Ragged()
+    assert auto.chosen("cuda") == auto.chosen("cpu") == bx.matmul.Blocks()
+    assert auto.chosen() == auto.chosen(jax.default_backend())
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_a_first_eager_call_is_one_compilation(kind):
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    # Sizes like those of no other test: nothing of it has been compiled before.
+    sizes = (11, 7, 3)
+    router = make_router_of(kind, sizes)
+    experts = bx.Experts(sizes[1], sizes[0], 5, key=jax.random.key(1))
+    block = bx.RoutedMoE(router, experts)
+    hidden_states, input_ids = jax.random.normal(jax.random.key(2), (13, 11)), jnp.arange(13)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        output, _ = block(hidden_states, input_ids)
+        number = len(compiled)
+        block(hidden_states + 0, input_ids)
+    finally:
+        listen = None
+    assert output.shape == (13, 11) and number == 1
+
+
+def make_router_of(kind, sizes):
+    hidden, experts, slots = sizes
+    if kind == "hash":
+        table = bx.hash_tables.md5(13, experts, slots)
+        return bx.HashRouter(hidden, experts, slots, table=table, key=jax.random.key(0))
+    return bx.TopKRouter(hidden, experts, slots, key=jax.random.key(0))
+
+
+def test_a_jitted_call_can_be_exported_donated_and_run_without_jit():
+    block = bx.top_k_moe(12, 7, 5, 3, key=jax.random.key(0))
+    hidden_states, _ = make_inputs((6,))
+    desired, _ = block(hidden_states)
+    with jax.disable_jit():
+        assert_close(block(hidden_states)[0], desired)
+    exported = jax.export.export(jax.jit(lambda x: block(x)[0]))(hidden_states)
+    assert_close(exported.call(hidden_states), desired)
+    donated = jnp.array(hidden_states)
+    assert_close(jax.jit(lambda x: block(x)[0], donate_argnums=0)(donated), desired)
+    assert donated.is_deleted()

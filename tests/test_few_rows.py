@@ -6,12 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import assert_close
+from cases import assert_close, make_dispatch
 
 import braidax as bx
-from braidax._backends import find_backend
-from braidax._experts.few_rows import tile_size
-from braidax._experts.single_rows import are_single_rows
+from braidax._matmul.few_rows import tile_size
+from braidax._matmul.single_rows import are_single_rows
 
 GROUPS, HIDDEN, INTERMEDIATE, LIMIT = 6, 10, 7, 1.0
 ROWS = 13  # In no tile and no step of four tiles a whole number of times.
@@ -40,8 +39,18 @@ dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 
 
 def make_experts(dtype, groups=GROUPS):
+    return clamped_experts(groups, HIDDEN, INTERMEDIATE, dtype)
+
+
+def clamped_experts(groups, hidden, intermediate, dtype, use_bias=False):
     return bx.Experts(
-        groups, HIDDEN, INTERMEDIATE, activation=bx.activations.swiglu(LIMIT), dtype=dtype, key=jax.random.key(0)
+        groups,
+        hidden,
+        intermediate,
+        activation=bx.activations.swiglu(LIMIT),
+        use_bias=use_bias,
+        dtype=dtype,
+        key=jax.random.key(0),
     )
 
 
@@ -51,7 +60,7 @@ def make_rows(num_rows):
 
 @eqx.filter_jit
 def infer(experts, rows, group_sizes):
-    return experts(rows, group_sizes, find_backend("blocks").grouped_matmul)
+    return experts(rows, group_sizes, bx.GroupedMatmul(bx.matmul.Blocks()))
 
 
 def exact(experts, rows, sizes):
@@ -126,9 +135,7 @@ def test_float64(num_rows):
     ],
 )
 def test_single_rows_of_real_width(hidden, intermediate, dtype):
-    experts = bx.Experts(
-        3, hidden, intermediate, activation=bx.activations.swiglu(LIMIT), dtype=dtype, key=jax.random.key(0)
-    )
+    experts = clamped_experts(3, hidden, intermediate, dtype)
     rows, sizes = jax.random.normal(jax.random.key(1), (3, hidden)), [2, 0, 1]
     assert are_single_rows(3, 3)
     output = infer(experts, rows, jnp.array(sizes, jnp.int32))
@@ -138,14 +145,14 @@ def test_single_rows_of_real_width(hidden, intermediate, dtype):
 @pytest.mark.parametrize("num_rows", [3, 9, 150])
 def test_no_intermediate_width(num_rows):
     """Nothing is computed, nothing fails: each output is an empty sum."""
-    experts = jax.tree.map(lambda stack: stack[:, :0], make_experts(jnp.float32, 3))
+    experts = jax.tree.map(lambda stack: stack[..., :0, :], make_experts(jnp.float32, 3))
     output = infer(experts, make_rows(num_rows), jnp.array([num_rows, 0, 0], jnp.int32))
     assert output.shape == (num_rows, HIDDEN) and not np.asarray(output).any()
 
 
 def test_single_rows_hold_two_parts_of_one_matrix():
     """The up-projection is read in place; of the down-projection two parts of 4 MB are copied."""
-    experts = bx.Experts(8, 4096, 512, activation=bx.activations.swiglu(LIMIT), key=jax.random.key(0))
+    experts = clamped_experts(8, 4096, 512, jnp.float32)
     arguments = (experts, jnp.zeros((4, 4096)), jnp.zeros(8, jnp.int32))
     memory = infer.lower(*arguments).compile().compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 9.5e6 < experts.down[0].nbytes + experts.gate_up[0].nbytes

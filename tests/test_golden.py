@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BACKENDS, output_and_vjp
+from cases import BACKENDS, make_dispatch, output_and_vjp
 
 import braidax as bx
 
@@ -48,8 +48,7 @@ CASES += [
 def test_block(name, backend):
     case = golden.load(name)
     block = bx.from_state_dict(bx.MoEConfig(**case.config), case.layer_idx, case.tensors)
-    routed = bx.RoutedMoE(block.routed.router, block.routed.experts, dispatch=make_dispatch(bx, backend))
-    block = bx.RoutedAndSharedMoE(routed, block.shared)
+    block = eqx.tree_at(lambda b: b.routed.dispatch, block, make_dispatch(bx, backend))
     arrays = map(jnp.asarray, (case.hidden_states, case.input_ids, case.cotangent))
     output, routing, gradient, hidden_states_gradient = output_and_vjp(block, *arrays)
     indices, weights = sorted_by_index(routing.indices, routing.weights)

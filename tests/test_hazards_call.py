@@ -90,7 +90,9 @@ def test_layers_stacked_for_a_scan_are_not_called_as_one(kind, unchecked):
     stacked = jax.tree.map(
         lambda leaf: jnp.stack([leaf] * 3) if eqx.is_array(leaf) else leaf, block
     )
-    text = rf"`router.gate.weight` must have shape \(experts, hidden\). Got \(3, {EXPERTS}, {HIDDEN}\)"
+    text = (
+        rf"`router.gate.weight` must have shape \(experts, hidden\). Got \(3, {EXPERTS}, {HIDDEN}\)"
+    )
     for call in (stacked, eqx.filter_jit(stacked), stacked.routed.router):
         with pytest.raises(ValueError, match=text):
             call(HIDDEN_STATES, IDS)

@@ -53,7 +53,9 @@ def test_the_clamp_at_every_limit(dtype):
 
 def one_by_one(dtype, hidden=2):
     """An expert whose gate is the first hidden entry and whose up is the second."""
-    expert = bx.FeedForward(hidden, 1, activation=bx.activations.swiglu(LIMIT), dtype=dtype, key=jax.random.key(0))
+    expert = bx.FeedForward(
+        hidden, 1, activation=bx.activations.swiglu(LIMIT), dtype=dtype, key=jax.random.key(0)
+    )
     where = lambda e: (e.gate_up, e.down)  # noqa: E731
     return eqx.tree_at(where, expert, (jnp.eye(2, dtype=dtype), jnp.ones((1, 2), dtype)))
 
@@ -64,7 +66,9 @@ def one_routed(expert, backend):
     router = bx.TopKRouter(hidden, 1, 1, key=jax.random.key(0))
     # Logits of 0: one that underflows would give the weight 0.
     router = eqx.tree_at(lambda r: r.gate.weight, router, 0 * router.gate.weight)
-    experts = bx.Experts(1, hidden, 1, activation=bx.activations.swiglu(LIMIT), key=jax.random.key(0))
+    experts = bx.Experts(
+        1, hidden, 1, activation=bx.activations.swiglu(LIMIT), key=jax.random.key(0)
+    )
     where = lambda e: (e.gate_up, e.down)  # noqa: E731
     experts = eqx.tree_at(where, experts, (expert.gate_up[None], expert.down[None]))
     return bx.RoutedMoE(router, experts, dispatch=make_dispatch(bx, backend))
@@ -110,7 +114,9 @@ def test_shared_and_routed_experts_are_clamped_alike(dtype, backend):
 @pytest.mark.parametrize("backend", ["shared", *BACKEND_NAMES])
 def test_a_product_beyond_the_largest_float16_is_finite(backend):
     """512 terms of 40 * 40 are +-819,200; the largest float16 is 65,504."""
-    expert = bx.FeedForward(512, 1, activation=bx.activations.swiglu(LIMIT), dtype=jnp.float16, key=jax.random.key(0))
+    expert = bx.FeedForward(
+        512, 1, activation=bx.activations.swiglu(LIMIT), dtype=jnp.float16, key=jax.random.key(0)
+    )
     where = lambda e: (e.gate_up, e.down)  # noqa: E731
     hidden_states = jnp.full((4, 512), 40.0, jnp.float16)
     for gate, want in ((-40.0, 0.0), (40.0, 99.9955)):
@@ -143,7 +149,9 @@ def layer_and_tokens(kind, backend, dtype):
     router = {"hash": bx.HashRouter, "top_k": bx.TopKRouter}[kind](*sizes, **options)
     experts = bx.Experts(EXPERTS, HIDDEN, INTERMEDIATE, dtype=dtype, key=keys[1])
     shared = bx.FeedForward(HIDDEN, INTERMEDIATE, dtype=dtype, key=keys[2])
-    block = bx.RoutedAndSharedMoE(bx.RoutedMoE(router, experts, dispatch=make_dispatch(bx, backend)), shared)
+    block = bx.RoutedAndSharedMoE(
+        bx.RoutedMoE(router, experts, dispatch=make_dispatch(bx, backend)), shared
+    )
     return block, jnp.ones((4, HIDDEN), dtype)
 
 

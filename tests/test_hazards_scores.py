@@ -104,7 +104,9 @@ def routing_and_gradients(router, hidden_states):
 
     def loss(inputs):
         weight, hidden_states = inputs
-        routing = eqx.tree_at(lambda r: r.gate.weight, router, weight)(hidden_states, jnp.arange(TOKENS))
+        routing = eqx.tree_at(lambda r: r.gate.weight, router, weight)(
+            hidden_states, jnp.arange(TOKENS)
+        )
         return jnp.sum(routing.weights * jnp.arange(1.0, CHOSEN + 1)[None]), routing
 
     gradients, routing = jax.grad(loss, has_aux=True)((router.gate.weight, hidden_states))

@@ -130,7 +130,9 @@ def test_adam_and_a_moving_average_leave_the_untrained_alone(kind):
         parameters, average, state = step(parameters, average, state)
     for tree in (parameters, average):
         trained = eqx.combine(tree, static)
-        assert not np.array_equal(trained.routed.router.gate.weight, block.routed.router.gate.weight)
+        assert not np.array_equal(
+            trained.routed.router.gate.weight, block.routed.router.gate.weight
+        )
         for got, want in zip(untrained(trained), untrained(block), strict=True):
             assert got.dtype == want.dtype
             np.testing.assert_array_equal(got, want)

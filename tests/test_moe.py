@@ -1,5 +1,6 @@
 """The block against the oracle: values, gradients, and who may touch whom."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -30,7 +31,7 @@ BACKEND_NAMES = [case.name for case in BACKENDS]
 every_backend = pytest.mark.parametrize("backend", BACKEND_NAMES)
 
 
-# Called eagerly, a block has each of its operations compiled by itself: `test_replay_errors` does.
+# Compiled with what is around it, once for all tests.
 @eqx.filter_jit
 def call(block, *inputs, **options):
     return block(*inputs, **options)
@@ -77,7 +78,13 @@ def test_values_and_all_gradients_against_the_oracle(name, backend, remat):
     indices = ASSIGNMENTS[name]
     options = {"remat": True} if remat else {}
     tokens, weights, gate_up, down, cotangent = problem(indices)
-    experts = bx.Experts(EXPERTS, HIDDEN, INTERMEDIATE, activation=bx.activations.swiglu(LIMIT), key=jax.random.key(0))
+    experts = bx.Experts(
+        EXPERTS,
+        HIDDEN,
+        INTERMEDIATE,
+        activation=bx.activations.swiglu(LIMIT),
+        key=jax.random.key(0),
+    )
     router = bx.TopKRouter(HIDDEN, EXPERTS, SLOTS, key=jax.random.key(0))
     f32 = [jnp.asarray(a, jnp.float32) for a in (gate_up, down)]
     experts = eqx.tree_at(lambda e: (e.gate_up, e.down), experts, tuple(f32))
@@ -143,7 +150,9 @@ def test_one_expert_and_all_experts(backend):
     for experts, slots in ((1, 1), (3, 3)):
         router = bx.TopKRouter(HIDDEN, experts, slots, key=jax.random.key(1))
         stack = bx.Experts(experts, HIDDEN, INTERMEDIATE, key=jax.random.key(2))
-        output, routing = call(bx.RoutedMoE(router, stack, dispatch=make_dispatch(bx, backend)), hidden_states)
+        output, routing = call(
+            bx.RoutedMoE(router, stack, dispatch=make_dispatch(bx, backend)), hidden_states
+        )
         want = oracle.routed(
             np.asarray(hidden_states, np.float64),
             np.asarray(routing.indices),
@@ -288,17 +297,31 @@ def test_replay_errors(unchecked):
         block(hidden_states[:1], routing=routing)
 
 
-def test_unknown_backend():
+def test_what_is_no_dispatch_or_kernel(unchecked):
     block = make_block(bx, "top_k", "blocks").routed
-    with pytest.raises(ValueError, match="blocks"):
-        bx.RoutedMoE(block.router, block.experts, dispatch=make_dispatch(bx, "fast"))
+    with pytest.raises(TypeError, match="`dispatch`"):
+        bx.RoutedMoE(block.router, block.experts, dispatch="blocks")
+    for kernel in ("blocks", bx.matmul.Dense()):
+        with pytest.raises(TypeError, match="`matmul`"):
+            bx.SortedDispatch(kernel)
 
 
-def test_a_backend_whose_package_is_missing(monkeypatch):
-    block = make_block(bx, "top_k", "blocks").routed
+def test_a_kernel_whose_package_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
     with pytest.raises(ImportError, match=r'pip install "braidax\[kernels\]"'):
-        bx.RoutedMoE(block.router, block.experts, dispatch=make_dispatch(bx, "tokamax"))
+        bx.matmul.Tokamax()
+
+
+def test_a_block_and_its_gradient_take_another_dispatch():
+    block = make_block(bx, "top_k", "dense").routed
+    hidden_states, _ = make_inputs()
+    replaced = dataclasses.replace(block, dispatch=bx.SortedDispatch())
+    assert_close(call(replaced, hidden_states)[0], call(block, hidden_states)[0])
+    gradient = eqx.filter_grad(lambda b: jnp.sum(call(b, hidden_states)[0]))(block)
+    gradient = eqx.tree_at(lambda b: b.dispatch, gradient, replaced.dispatch)
+    assert jax.tree.structure(gradient) == jax.tree.structure(
+        eqx.filter(replaced, eqx.is_inexact_array)
+    )
 
 
 def test_optional_packages_are_not_imported_with_the_library():
@@ -312,16 +335,8 @@ def test_no_shared_expert_is_an_error():
         bx.RoutedAndSharedMoE.from_config(config, 0, key=jax.random.key(0))
 
 
-def test_the_default_backend_on_a_cpu():
-    from braidax._backends import BACKENDS as TABLE
-    from braidax._backends import find_backend
-
-    assert find_backend("auto") is TABLE["blocks"]
-    assert set(TABLE) == {*BACKEND_NAMES, "tokamax"}  # Which is tested where it is installed.
-
-
 @every_backend
-@pytest.mark.parametrize("bad", [-1, EXPERTS, 99])
+@pytest.mark.parametrize("bad", [-1, EXPERTS + 1, 99])
 def test_replaying_an_index_of_no_expert_poisons_its_token_only(bad, backend):
     block = make_block(bx, "top_k", backend).routed
     hidden_states, _ = make_inputs((6,))
@@ -348,6 +363,56 @@ def test_replaying_narrow_indices_of_as_many_experts_as_they_have_values(dtype, 
 
 
 @every_backend
+def test_an_assignment_to_nobody_is_left_out(backend):
+    """Against the same token with fewer experts: no row, no weight, no load, finite gradients."""
+    indices = np.array([[0, EXPERTS, 2], [EXPERTS] * 3, [2, 3, EXPERTS], [4, 4, 1]], np.int32)
+    tokens, weights, *_, cotangent = (jnp.asarray(a, jnp.float32) for a in problem(indices))
+    tokens = tokens.at[1].set(jnp.nan)  # nobody's token may hold anything
+    block = make_block(bx, "top_k", backend).routed
+    output, *gradients = output_and_vjp(block, tokens, replay(indices, weights), cotangent)
+    experts = block.experts
+    gate_up, down = (np.asarray(a, np.float64) for a in (experts.gate_up, experts.down))
+    for t, row in enumerate(indices):
+        somebody = row < EXPERTS
+        token, weight = np.asarray(tokens[t], np.float64), np.asarray(weights[t], np.float64)
+        case = (token[None], row[None, somebody], weight[None, somebody], gate_up, down, LIMIT)
+        assert_close(output[t], oracle.routed(*case)[0] if somebody.any() else np.zeros(HIDDEN))
+    assert all(np.isfinite(np.asarray(gradient)).all() for gradient in gradients)
+    assert not np.asarray(gradients[1])[indices == EXPERTS].any()
+    _, routing = call(block, tokens, routing=replay(indices, weights))
+    assert bx.expert_load(routing).tolist() == [1, 1, 2, 1, 2]
+    assert int(routing.dropped) == 5
+
+
+@pytest.mark.parametrize("capacity", [0, 3, 8, 100])
+def test_capacity_against_a_recount(capacity):
+    """Counted token by token; masked tokens take no room."""
+    block = make_block(bx, "top_k", "blocks").routed
+    hidden_states, _ = make_inputs((16,))
+    mask = jnp.arange(16) != 4
+    _, routing = call(block, hidden_states, mask=mask)
+    capped = bx.over_capacity(routing, capacity)
+    indices, room = np.array(routing.indices), np.full(EXPERTS, capacity)
+    dropped = 0
+    for t, slot in np.ndindex(*indices.shape):
+        expert = indices[t, slot]
+        if expert == EXPERTS:
+            assert t == 4
+        elif room[expert]:
+            room[expert] -= 1
+        else:
+            indices[t, slot], dropped = EXPERTS, dropped + 1
+    np.testing.assert_array_equal(np.asarray(capped.indices), indices)
+    np.testing.assert_array_equal(
+        np.asarray(capped.weights), np.where(indices == EXPERTS, 0, np.asarray(routing.weights))
+    )
+    assert int(capped.dropped) == dropped
+    _, again = call(block, hidden_states, routing=capped)
+    assert int(again.dropped) == dropped
+    assert int(bx.expert_load(again).max()) <= capacity
+
+
+@every_backend
 def test_a_masked_row_stops_nan_in_both_directions(backend):
     block = make_block(bx, "top_k", backend).routed
     hidden_states, _ = make_inputs((6,))
@@ -371,9 +436,7 @@ def test_parts_of_different_sizes_are_refused():
     key = jax.random.key(0)
     for experts, hidden in ((EXPERTS - 1, HIDDEN), (EXPERTS, HIDDEN + 1)):
         with pytest.raises(ValueError, match="`experts`"):
-            bx.RoutedMoE(
-                block.routed.router, bx.Experts(experts, hidden, INTERMEDIATE, key=key)
-            )
+            bx.RoutedMoE(block.routed.router, bx.Experts(experts, hidden, INTERMEDIATE, key=key))
     with pytest.raises(ValueError, match="`shared`"):
         bx.RoutedAndSharedMoE(block.routed, bx.FeedForward(HIDDEN + 1, INTERMEDIATE, key=key))
 
@@ -390,11 +453,8 @@ CLAMPED_GATES = [
 
 @pytest.mark.parametrize("gate, value, slope", CLAMPED_GATES)
 def test_clamped_gate(gate, value, slope):
-    from braidax._experts.swiglu import swiglu
-
-    got = jax.value_and_grad(lambda g: swiglu(jnp.stack([g, jnp.float32(1.0)]), 10.0)[0])(
-        jnp.float32(gate)
-    )
+    swiglu = bx.activations.swiglu(10.0)
+    got = jax.value_and_grad(swiglu)(jnp.float32(gate), jnp.float32(1.0))
     np.testing.assert_allclose(got, (value, slope), rtol=1e-6, atol=0)
 
 
@@ -414,7 +474,7 @@ def test_clamped_up(up, value, slope):
 @pytest.mark.parametrize("experts", [EXPERTS, 2**28])
 def test_assignments_in_the_order_of_their_experts(experts):
     """In one number, or as pairs where 32 bits do not hold both."""
-    from braidax._dispatch.sorting import _sort
+    from braidax._dispatch.sorted import _sort
 
     indices = np.random.default_rng(0).integers(0, 6, 40).astype(np.int32) * (experts // 5)
     got = _sort(jnp.asarray(indices), jnp.arange(40, dtype=jnp.int32), experts)

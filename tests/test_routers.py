@@ -10,6 +10,13 @@ from cases import EXPERTS, HIDDEN, ROUTERS, SLOTS, VOCAB, assert_close, make_inp
 
 import braidax as bx
 
+# By the names that the oracle has for them.
+SCORE_FUNCTIONS = {
+    "sqrtsoftplus": bx.sqrt_softplus,
+    "sigmoid": jax.nn.sigmoid,
+    "softmax": jax.nn.softmax,
+}
+
 
 def by_hand(logits, bias=0.0, *, k=2, **options):
     """Route logits directly: hidden states are the logits, the gate is the identity."""
@@ -23,12 +30,13 @@ def by_hand(logits, bias=0.0, *, k=2, **options):
     return router(logits)
 
 
-@pytest.mark.parametrize("score_function", ["sqrtsoftplus", "sigmoid", "softmax"])
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_against_the_oracle(kind, normalize, score_function):
-    options = {"score_function": score_function, "normalize": normalize, "scaling_factor": 2.5}
-    router = make_router(bx, kind, jax.random.key(3), **options)
+    options = {"normalize": normalize, "scaling_factor": 2.5}
+    function = SCORE_FUNCTIONS[score_function]
+    router = make_router(bx, kind, jax.random.key(3), score_function=function, **options)
     hidden_states, input_ids = make_inputs()
     routing = router(hidden_states, input_ids)
     tokens = np.asarray(hidden_states, np.float64).reshape(-1, HIDDEN)
@@ -40,7 +48,7 @@ def test_against_the_oracle(kind, normalize, score_function):
         else:
             bias = np.asarray(router.score_correction_bias, np.float64)
             chosen = lambda scores, bias=bias: oracle.select(scores, bias, SLOTS)  # noqa: E731
-        scores, indices, weights = oracle.gate(token, weight, chosen, **options)
+        scores, indices, weights = oracle.gate(token, weight, chosen, score_function, **options)
         assert routing.indices.reshape(-1, SLOTS)[t].tolist() == list(indices)
         assert_close(routing.weights.reshape(-1, SLOTS)[t], weights)
         assert_close(routing.scores.reshape(-1, EXPERTS)[t], scores)
@@ -130,7 +138,9 @@ def test_masked_groups_are_minus_infinity_not_zero():
     """With 0 instead of -inf the masked experts 4 and 5 would beat negative biased scores."""
     scores = np.array([0.1, 0.2, 0.3, 0.4, 0.05, 0.06, 0.07, 0.08])
     logits = np.log(scores / (1 - scores))
-    routing = by_hand(logits, -0.5, score_function="sigmoid", num_groups=2, num_selected_groups=1)
+    routing = by_hand(
+        logits, -0.5, score_function=jax.nn.sigmoid, num_groups=2, num_selected_groups=1
+    )
     assert routing.indices.tolist() == [3, 2]
 
 
@@ -141,6 +151,45 @@ def test_groups_against_the_oracle():
     routing = by_hand(logits, bias, k=4, num_groups=4, num_selected_groups=2)
     for row, got in zip(np.asarray(routing.scores, np.float64), routing.indices, strict=True):
         assert got.tolist() == oracle.select(row, bias, 4, 4, 2)
+
+
+def test_softmax_weights_are_normalized_by_default():
+    """exp(2) / (exp(2) + exp(1)); without, the shares among all four experts."""
+    options = {"score_function": jax.nn.softmax}
+    weights = by_hand([2.0, 1.0, 0.0, -1.0], **options).weights
+    np.testing.assert_allclose(np.asarray(weights), [0.731059, 0.268941], rtol=1e-5)
+    weights = by_hand([2.0, 1.0, 0.0, -1.0], normalize=False, **options).weights
+    np.testing.assert_allclose(np.asarray(weights), [0.643914, 0.236883], rtol=1e-5)
+
+
+def test_a_trained_bias_moves_logits_and_weights():
+    gate = bx.Gate(2, 3, score_function=jax.nn.sigmoid, use_bias=True, key=jax.random.key(0))
+    bias = jnp.asarray([0.0, 1.0, -1.0])
+    gate = eqx.tree_at(lambda g: (g.weight, g.bias), gate, (jnp.zeros((3, 2)), bias))
+    scores, logits = gate(jnp.ones(2))
+    np.testing.assert_array_equal(np.asarray(logits), [0.0, 1.0, -1.0])
+    np.testing.assert_allclose(np.asarray(scores), [0.5, 0.731059, 0.268941], rtol=1e-5)
+    weights = gate.weigh(scores, jnp.asarray([1, 3, 0]))  # 3 is nobody
+    np.testing.assert_allclose(np.asarray(weights), [0.593848, 0.0, 0.406152], rtol=1e-5)
+
+
+class _KeyedRouter(bx.AbstractRouter):
+    """A user's router: two fields and one method, here with a choice that is drawn."""
+
+    gate: bx.Gate
+    num_experts_per_token: int = eqx.field(static=True, default=1)
+
+    def select(self, scores, logits, input_ids, *, key):
+        indices = jax.random.randint(key, (*scores.shape[:-1], 1), 0, scores.shape[-1])
+        return indices, jnp.ones(scores.shape[:-1], bool)
+
+
+def test_the_key_of_a_block_reaches_select():
+    router = _KeyedRouter(bx.Gate(HIDDEN, EXPERTS, key=jax.random.key(0)))
+    experts = bx.Experts(EXPERTS, HIDDEN, 4, key=jax.random.key(1))
+    _, routing = bx.RoutedMoE(router, experts)(jnp.ones((6, HIDDEN)), key=jax.random.key(3))
+    drawn = jax.random.randint(jax.random.key(3), (6, 1), 0, EXPERTS)
+    np.testing.assert_array_equal(np.asarray(routing.indices), np.asarray(drawn))
 
 
 def test_temperature_divides_the_logits():
@@ -176,7 +225,7 @@ def test_minus_infinity_loses_to_an_underflowed_score():
     # On selection itself: a gate of ones and zeros would make NaN out of -inf * 0.
     router = bx.TopKRouter(3, 3, 2, key=jax.random.key(0))
     logits = jnp.asarray([-jnp.inf, -400.0, 1.0])
-    indices, defined = router.select(bx.sqrt_softplus(logits), logits, None)
+    indices, defined = router.select(bx.sqrt_softplus(logits), logits, None, key=None)
     assert indices.tolist() == [2, 1] and bool(defined)
 
 
@@ -198,7 +247,7 @@ def test_no_gradient_reaches_the_bias():
     hidden_states, _ = make_inputs()
     gradient = eqx.filter_grad(lambda r: jnp.sum(r(hidden_states).weights ** 2))(router)
     assert not np.asarray(gradient.score_correction_bias).any()
-    assert np.asarray(gradient.weight).any()
+    assert np.asarray(gradient.gate.weight).any()
 
 
 def test_the_bias_keeps_small_steps_in_float32():
@@ -268,6 +317,7 @@ def test_masked_tokens_may_hold_anything():
     routing = router(hidden_states, jnp.asarray([1, -100]), mask=jnp.asarray([True, False]))
     assert np.isfinite(np.asarray(routing.weights)).all()
     assert not np.asarray(routing.weights[1]).any()
+    assert routing.indices[1].tolist() == [EXPERTS] * SLOTS  # nobody
     assert np.isfinite(np.asarray(routing.logits)).all()
 
 
@@ -276,7 +326,7 @@ CONSTRUCTION_ERRORS = [
     ({"num_experts_per_token": 6}, ValueError, "6 and 5"),
     ({"num_experts": 0}, ValueError, "num_experts"),
     ({"hidden_size": 2.5}, TypeError, "hidden_size"),
-    ({"score_function": "relu"}, ValueError, "sigmoid"),
+    ({"score_function": "sigmoid"}, TypeError, "score_function"),
     ({"scaling_factor": float("nan")}, ValueError, "scaling_factor"),
     ({"temperature": 0.0}, ValueError, "temperature"),
     ({"temperature": float("nan")}, ValueError, "temperature"),
@@ -320,5 +370,5 @@ def test_table_errors(table, error, text, unchecked):
 def test_a_group_with_one_good_expert_beats_a_group_with_none():
     router = bx.TopKRouter(4, 4, 2, num_groups=2, num_selected_groups=1, key=jax.random.key(0))
     logits = jnp.asarray([-jnp.inf, -jnp.inf, 5.0, -jnp.inf])
-    indices, _ = router.select(bx.sqrt_softplus(logits), logits, None)
+    indices, _ = router.select(bx.sqrt_softplus(logits), logits, None, key=None)
     assert int(indices[0]) == 2

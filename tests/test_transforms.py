@@ -90,7 +90,7 @@ def test_vmap_and_grad_either_way_round(oracle, backend):
 
 
 def test_eager_vmap(oracle):
-    """Operation by operation, as in a notebook."""
+    """As in a notebook."""
     kind, outputs, _, _ = oracle
     block = make_block(bx, kind, "blocks")
     assert_close(jax.vmap(block)(*make_inputs((3, 6)))[0], outputs)
@@ -238,14 +238,14 @@ def test_serialisation_is_exact(kind):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_the_default_backend_does_work_in_proportion_to_the_assignments():
+def test_the_loop_does_work_in_proportion_to_the_assignments():
     """Rows and not experts x rows: the loop's trip count is the number of non-empty blocks."""
-    from braidax._experts.blocks import block_sizes, plan_blocks
+    from braidax._matmul.block_loop import _plan, block_sizes
 
     sizes = block_sizes(4096, 64)
     everything_on_one = jnp.zeros(64, jnp.int32).at[7].set(4096)
     spread = jnp.full(64, 64, jnp.int32)
     assert sizes[-1] == 80  # the mean group of 64 and a quarter more
-    assert int(plan_blocks(everything_on_one, 4096, 80).count) == 52
-    assert int(plan_blocks(spread, 4096, 80).count) == 64
-    assert int(plan_blocks(jnp.zeros(64, jnp.int32), 4096, 80).count) == 0
+    assert int(_plan(everything_on_one, 4096, 80).count) == 52
+    assert int(_plan(spread, 4096, 80).count) == 64
+    assert int(_plan(jnp.zeros(64, jnp.int32), 4096, 80).count) == 0
