@@ -12,7 +12,6 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = False
 
 PROJECT = nox.project.load_toml("pyproject.toml")
-BENCH = ("--groups", "layers", "decode", "bfloat16", "skew", "tokens", "experts")
 # A file stays in one process: its tests share what they have compiled.
 PARALLEL = ("-n", "auto", "--dist", "loadfile")
 # The session mostly compiles kernels that run once. It is there for the interfaces of old versions;
@@ -103,11 +102,11 @@ def parity(session: nox.Session) -> None:
 
 @nox.session(default=False, venv_backend="virtualenv")
 def bench(session: nox.Session) -> None:
-    """Measure the layer beside its peers in torch; arguments go to `python -m braidax bench`."""
+    """Measure the layer beside its peers in torch; `-- --help` lists what can be chosen."""
     for requirement in group("parity"):
         session.install(requirement)
-    session.install(".[plot]")
-    session.run("python", "-m", "braidax", "bench", *(session.posargs or BENCH))
+    session.install(".")
+    session.run("python", "tests/benchmarks/layer_speed.py", *session.posargs)
 
 
 @nox.session(default=False)
