@@ -60,6 +60,7 @@ def test_load_counts_by_hand():
     np.testing.assert_array_equal(load, [2, 3, 0, 0, 3])
 
 
+@pytest.mark.hazard(42)
 def test_load_skips_masked_tokens_and_sums_all_axes():
     indices = np.random.default_rng(0).integers(0, 7, (3, 2, 5, 4))
     mask = np.random.default_rng(1).random((3, 2, 5)) < 0.6
@@ -185,6 +186,7 @@ def gradients(loss, routing):
     return jax.jit(jax.grad(value, argnums=(0, 1)))(routing.scores, routing.logits)
 
 
+@pytest.mark.hazard(15)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
 def test_no_tokens(loss, shape):
@@ -243,6 +245,7 @@ def test_underflowed_scores_keep_gradients_finite(loss):
 # --- bias update ------------------------------------------------------------------------------
 
 
+@pytest.mark.hazard(41)
 @pytest.mark.parametrize(
     ("load", "signs"),
     [
@@ -266,6 +269,7 @@ def test_sign_rule_by_hand(load, signs):
     np.testing.assert_array_equal(new, bias + rate * np.asarray(signs, np.float32))
 
 
+@pytest.mark.hazard(41)
 @pytest.mark.parametrize("top", [3, 2000, 2**31])
 @pytest.mark.parametrize("num_experts", [1, 7, 384])
 def test_sign_rule_against_fractions(top, num_experts):
@@ -301,6 +305,7 @@ def test_center_subtracts_the_mean_of_the_update():
     np.testing.assert_array_equal(zero, bias)
 
 
+@pytest.mark.hazard(3)
 @pytest.mark.parametrize(
     ("bias", "load", "rate", "error", "message"),
     [

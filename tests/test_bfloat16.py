@@ -88,6 +88,8 @@ def test_the_gate_computes_in_float32(case):
     np.testing.assert_allclose(ours.weights, weights, rtol=1e-6)
 
 
+@pytest.mark.hazard(30)
+@pytest.mark.hazard(39)
 @pytest.mark.parametrize("backend", BACKENDS, ids=[backend.name for backend in BACKENDS])
 def test_the_output_is_rounded_once(case, backend):
     moe, hidden_states, input_ids, (_, _, (unrounded, rounded_activations)) = case

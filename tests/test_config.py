@@ -109,6 +109,7 @@ def test_numbers_become_python_numbers():
     assert [type(config.scaling_factor), type(config.swiglu_limit)] == [float, float]
 
 
+@pytest.mark.hazard(1)
 @pytest.mark.parametrize(
     "name, value",
     [
@@ -157,12 +158,14 @@ def test_hash_layers_need_a_vocabulary():
     assert make(num_hash_layers=1, vocab_size=5).vocab_size == 5
 
 
+@pytest.mark.hazard(8)
 def test_experts_per_token_fit_in_the_selected_groups():
     assert make(num_groups=4, num_selected_groups=2, num_experts_per_token=4)
     with pytest.raises(ValueError, match="`num_experts_per_token` must fit in the selected groups"):
         make(num_groups=4, num_selected_groups=2, num_experts_per_token=5)
 
 
+@pytest.mark.hazard(2)
 def test_every_score_function_is_known():
     from braidax._config import KNOWN_SCORE_FUNCTIONS
     from braidax._scoring import SCORE_FUNCTIONS

@@ -111,6 +111,7 @@ OPTIMISERS = {
 }
 
 
+@pytest.mark.hazard(43)
 @pytest.mark.parametrize(
     ("name", "partition"), [*((name, "inexact") for name in OPTIMISERS), ("adamw", "trainable")]
 )

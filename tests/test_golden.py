@@ -44,6 +44,7 @@ CASES += [
 ]
 
 
+@pytest.mark.hazard(22)
 @pytest.mark.parametrize("name, backend", CASES)
 def test_block(name, backend):
     case = golden.load(name)
@@ -65,6 +66,7 @@ def test_block(name, backend):
         assert_same(named[tensor], reference, tensor)
 
 
+@pytest.mark.hazard(22)
 @pytest.mark.parametrize("name", ROUTERS)
 def test_router_at_a_released_size(name):
     case = golden.load(name)

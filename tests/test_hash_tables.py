@@ -277,6 +277,7 @@ def test_from_array_accepts_lists_and_jax_arrays_and_copies():
     assert source.tolist() == [[1, 0]]
 
 
+@pytest.mark.hazard(7)
 @pytest.mark.parametrize(
     ("array", "error", "match"),
     [

@@ -70,6 +70,12 @@ REFUSED = [
 ]
 
 
+@pytest.mark.hazard(
+    10, "a hash layer without ids: ValueError; a layer that selects by score ignores ids"
+)
+@pytest.mark.hazard(11, "ids of any other shape than the tokens: ValueError, never broadcast")
+@pytest.mark.hazard(12, "float or bool ids: TypeError; every integer type gives the same rows")
+@pytest.mark.hazard(13, "hidden states of another width, of integers or without an axis: an error")
 @pytest.mark.parametrize("kind, arguments, options, error, text", REFUSED)
 def test_a_call_is_refused_alike_eager_and_under_jit(
     kind, arguments, options, error, text, unchecked
@@ -83,6 +89,7 @@ def test_a_call_is_refused_alike_eager_and_under_jit(
     assert len(set(messages)) == 1
 
 
+@pytest.mark.hazard(9)
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_layers_stacked_for_a_scan_are_not_called_as_one(kind, unchecked):
     block = layer(kind)
@@ -100,11 +107,13 @@ def test_layers_stacked_for_a_scan_are_not_called_as_one(kind, unchecked):
         stacked(HIDDEN_STATES, routing=routing)
 
 
+@pytest.mark.hazard(11)
 def test_a_single_token_may_have_a_number_as_its_id(unchecked):
     router = layer("hash").routed.router
     assert router(HIDDEN_STATES[0, 0], 3).indices.tolist() == router.table[3].tolist()
 
 
+@pytest.mark.hazard(10)
 @pytest.mark.parametrize("backend", [case.name for case in BACKENDS])
 def test_a_router_by_score_ignores_ids(backend):
     block = eqx.filter_jit(layer("top_k", backend))
@@ -114,6 +123,7 @@ def test_a_router_by_score_ignores_ids(backend):
         np.testing.assert_array_equal(np.asarray(block(hidden_states, ids)[0]), np.asarray(wanted))
 
 
+@pytest.mark.hazard(12)
 def test_narrow_ids_of_a_large_vocabulary():
     """127 < vocab: a comparison in int8 would overflow."""
     table = bx.hash_tables.md5(1000, EXPERTS, SLOTS)
@@ -124,6 +134,7 @@ def test_narrow_ids_of_a_large_vocabulary():
         np.testing.assert_array_equal(np.asarray(routing.indices), table[[0, 100, 127]])
 
 
+@pytest.mark.hazard(12)
 def test_wide_ids_are_not_wrapped_into_the_vocabulary(unchecked):
     """2**32 + 5 is 5 in 32 bits."""
     table = bx.hash_tables.md5(1000, EXPERTS, SLOTS)

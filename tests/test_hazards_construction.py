@@ -35,6 +35,8 @@ EXPERT_ERRORS = [
 ]
 
 
+@pytest.mark.hazard(1)
+@pytest.mark.hazard(3)
 @pytest.mark.parametrize("options, error, text", EXPERT_ERRORS)
 def test_experts_that_make_no_sense(options, error, text, unchecked):
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}
@@ -45,6 +47,9 @@ def test_experts_that_make_no_sense(options, error, text, unchecked):
             bx.FeedForward(**{**sizes, **options}, key=KEY)
 
 
+@pytest.mark.hazard(
+    3, "a scaling factor, limit or rate that is not finite, or not above 0: ValueError"
+)
 @pytest.mark.parametrize("kind", ROUTERS)
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 0.0, -1.5])
 def test_a_scaling_factor_that_is_not_finite_and_positive(kind, value):
@@ -52,11 +57,15 @@ def test_a_scaling_factor_that_is_not_finite_and_positive(kind, value):
         make_block(bx, kind, "blocks", scaling_factor=value)
 
 
+@pytest.mark.hazard(3)
 def test_no_limit_is_no_clamp():
     experts = bx.Experts(EXPERTS, HIDDEN, INTERMEDIATE, key=KEY)
     assert experts.limit is None
 
 
+@pytest.mark.hazard(5, "a table of another shape, or transposed: ValueError with both shapes")
+@pytest.mark.hazard(6, "a float or bool table: TypeError; any integers are stored as int32")
+@pytest.mark.hazard(7, "a table entry of no expert: ValueError with its row, column and value")
 @pytest.mark.parametrize(
     "table, error, text",
     [
@@ -84,6 +93,7 @@ def test_a_table_that_does_not_fit_is_named(table, error, text, unchecked):
         bx.HashRouter(HIDDEN, EXPERTS, SLOTS, table=table, key=KEY)
 
 
+@pytest.mark.hazard(6)
 @pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int64, np.uint64])
 def test_a_table_of_any_integers_is_stored_as_int32(dtype):
     table = bx.hash_tables.md5(VOCAB, EXPERTS, SLOTS)
@@ -138,6 +148,11 @@ REPLACED = {
 }
 
 
+@pytest.mark.hazard(
+    4, "a selection bias of another shape or dtype, or not finite in a file: an error"
+)
+@pytest.mark.hazard(6)
+@pytest.mark.hazard(9, "expert weights that do not fit together or the router: ValueError")
 @pytest.mark.parametrize("name", REPLACED)
 def test_arrays_replaced_by_something_that_does_not_fit(name, unchecked):
     kind, where, change, error, text = REPLACED[name]
@@ -148,6 +163,7 @@ def test_arrays_replaced_by_something_that_does_not_fit(name, unchecked):
             call(*make_inputs((4,)))
 
 
+@pytest.mark.hazard(9)
 @pytest.mark.parametrize("case", BACKENDS, ids=lambda case: case.name)
 def test_fewer_experts_than_the_router_has(case, unchecked):
     block = layer("top_k", case.name)
@@ -157,6 +173,7 @@ def test_fewer_experts_than_the_router_has(case, unchecked):
         broken(*make_inputs((4,)))
 
 
+@pytest.mark.hazard(14)
 @pytest.mark.parametrize("name", ["checks", "remat"])
 def test_options_that_are_bools(name, unchecked):
     block = layer("top_k").routed

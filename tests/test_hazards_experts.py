@@ -39,6 +39,7 @@ def changed_experts(block, change):
     return eqx.tree_at(where, block, tuple(change(a) for a in where(block)))
 
 
+@pytest.mark.hazard(30, "any assignment equals the loop over tokens: values and all gradients")
 @every_backend
 @given(index_tables, seeds)
 def test_any_assignment_against_the_oracle(backend, indices, seed):
@@ -54,6 +55,7 @@ def test_any_assignment_against_the_oracle(backend, indices, seed):
         assert_close(a, b)
 
 
+@pytest.mark.hazard(31, "an expert named twice counts with both weights: values and gradients")
 @every_backend
 @given(seeds, st.permutations(range(EXPERTS)))
 def test_an_expert_named_twice_is_the_expert_with_both_weights(backend, seed, experts):
@@ -70,6 +72,9 @@ def test_an_expert_named_twice_is_the_expert_with_both_weights(backend, seed, ex
     assert_close(got[2], want[2][:, [0, 0, 2]])
 
 
+@pytest.mark.hazard(
+    32, "the gradient of an empty expert is exactly 0, for every pattern of empty ones"
+)
 @every_backend
 def test_every_pattern_of_empty_experts_has_exactly_zero_gradient(backend):
     rng = np.random.default_rng(0)
@@ -86,6 +91,11 @@ def test_every_pattern_of_empty_experts_has_exactly_zero_gradient(backend):
             np.testing.assert_array_equal(filled, used)
 
 
+@pytest.mark.hazard(
+    33,
+    "a NaN or infinite token reaches itself and the experts it uses",
+    exception="dense, backward",
+)
 @every_isolating_backend
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @given(index_tables, seeds, token_positions)
@@ -106,6 +116,7 @@ def test_a_broken_token_reaches_itself_and_its_experts(backend, bad, indices, se
         assert np.isnan(broken[0][position]).all()
 
 
+@pytest.mark.hazard(33)
 def test_the_dense_backend_isolates_a_broken_token_forward_only():
     """What its docstring says; the table of hazards carries the exception."""
     indices = np.arange(TOKENS * SLOTS, dtype=np.int32).reshape(TOKENS, SLOTS) % 3
@@ -125,6 +136,7 @@ def call(block, hidden_states, input_ids, mask=None):
     return block(hidden_states, input_ids, mask=mask)[0]
 
 
+@pytest.mark.hazard(33)
 @every_layer
 def test_a_broken_hidden_state_changes_no_other_token_of_the_layer(kind, backend):
     block = layer(kind, backend)
@@ -137,6 +149,11 @@ def test_a_broken_hidden_state_changes_no_other_token_of_the_layer(kind, backend
     assert np.isnan(np.asarray(call(block, hidden_states.at[3].set(np.nan), input_ids))[3]).all()
 
 
+@pytest.mark.hazard(
+    34,
+    "a NaN in one expert's weights reaches the tokens that use it",
+    exception="ragged on a CPU; dense, backward",
+)
 @given(index_tables, seeds, st.integers(0, EXPERTS - 1), st.sampled_from([np.nan, np.inf]))
 def test_a_broken_expert_reaches_its_tokens_only(indices, seed, expert, bad):
     """On the default backend, bit for bit; `test_moe.py` says what the others do."""
@@ -155,6 +172,7 @@ def test_a_broken_expert_reaches_its_tokens_only(indices, seed, expert, bad):
         np.testing.assert_array_equal(a[unshared], b[unshared])
 
 
+@pytest.mark.hazard(35, "padding that holds NaN: output 0, every gradient finite, not counted")
 @every_layer
 def test_padding_that_holds_nan_reaches_no_gradient(kind, backend):
     """Of the gate, the experts, the shared expert and every token, ids out of range included."""
@@ -180,6 +198,9 @@ def test_padding_that_holds_nan_reaches_no_gradient(kind, backend):
     assert int(load.sum()) == 5 * SLOTS
 
 
+@pytest.mark.hazard(
+    36, "the order of tokens, the split of a batch, the labels of experts change nothing"
+)
 @every_kind
 @given(permutations, seeds)
 def test_the_order_of_the_tokens_changes_nothing(kind, order, seed):
@@ -191,6 +212,7 @@ def test_the_order_of_the_tokens_changes_nothing(kind, order, seed):
     np.testing.assert_array_equal(shuffled, output[order])
 
 
+@pytest.mark.hazard(36)
 @every_kind
 @given(st.lists(st.booleans(), min_size=TOKENS, max_size=TOKENS), seeds)
 def test_the_split_of_a_batch_changes_nothing(kind, first, seed):
@@ -203,6 +225,7 @@ def test_the_split_of_a_batch_changes_nothing(kind, first, seed):
     np.testing.assert_array_equal(np.asarray(parts[0] + parts[1]), np.asarray(whole))
 
 
+@pytest.mark.hazard(36)
 @every_backend
 @given(index_tables, seeds, st.permutations(range(EXPERTS)).map(np.array))
 def test_the_labels_of_the_experts_change_nothing(backend, indices, seed, labels):
@@ -220,6 +243,7 @@ def test_the_labels_of_the_experts_change_nothing(backend, indices, seed, labels
         assert_close(a, b[labels])
 
 
+@pytest.mark.hazard(37, "the output is linear in the weights; weights of 0 give 0")
 @every_backend
 @given(index_tables, seeds, st.floats(-8, 8, width=32))
 def test_the_output_is_linear_in_the_weights(backend, indices, seed, factor):

@@ -28,6 +28,7 @@ def expected(gate, up):
     return silu * u, np.where(gate > LIMIT, 0, slope * u), np.where(abs(up) > LIMIT, 0, silu)
 
 
+@pytest.mark.hazard(38, "the clamp at, around and far beyond its limits, shared experts included")
 @DTYPES
 def test_the_clamp_at_every_limit(dtype):
     """In bfloat16 9.99 and 10.01 both are the limit itself, where the slope must not be halved."""
@@ -98,6 +99,7 @@ EXPERT_CASES = [
 ]
 
 
+@pytest.mark.hazard(38)
 @pytest.mark.parametrize(("backend", "dtype"), EXPERT_CASES)
 def test_shared_and_routed_experts_are_clamped_alike(dtype, backend):
     pairs = [(g, u) for g in (-20.0, 9.99, 10.0, 10.01, 1e4) for u in (-10.01, -10.0, 10.0, 1e4)]
@@ -111,6 +113,7 @@ def test_shared_and_routed_experts_are_clamped_alike(dtype, backend):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=tolerance, atol=1e-6)
 
 
+@pytest.mark.hazard(39, "float16 products that overflow stay finite; bfloat16 is rounded once")
 @pytest.mark.parametrize("backend", ["shared", *BACKEND_NAMES])
 def test_a_product_beyond_the_largest_float16_is_finite(backend):
     """512 terms of 40 * 40 are +-819,200; the largest float16 is 65,504."""
@@ -127,6 +130,7 @@ def test_a_product_beyond_the_largest_float16_is_finite(backend):
         np.testing.assert_array_equal(np.asarray(output), np.float16(want))
 
 
+@pytest.mark.hazard(9)
 def test_weights_of_another_dtype_than_the_tokens():
     """bfloat16 tokens through float32 weights are those tokens through them, rounded at the end."""
     block = layer("top_k").routed
@@ -155,6 +159,7 @@ def layer_and_tokens(kind, backend, dtype):
     return block, jnp.ones((4, HIDDEN), dtype)
 
 
+@pytest.mark.hazard(40, "dtypes: the output as the input, int32 and float32 routing, x64 or not")
 @pytest.mark.parametrize(("kind", "backend"), LAYERS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_no_float64_and_no_int64_leak_with_x64_on(kind, dtype, backend):
@@ -182,6 +187,7 @@ def test_no_float64_and_no_int64_leak_with_x64_on(kind, dtype, backend):
     assert dtypes <= {jnp.dtype(dtype), jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
 
 
+@pytest.mark.hazard(40)
 @every_backend
 def test_float64_tokens_give_float64_with_a_float32_routing(backend):
     block = layer("top_k", backend)

@@ -41,6 +41,9 @@ def call(block, hidden_states, input_ids, mask=None):
 # --- ids out of range -------------------------------------------------------------------------
 
 
+@pytest.mark.hazard(
+    14, "an id outside the table: NaN for its token, no other bit; an error with checks=True"
+)
 @every_backend
 @given(ids_in_and_out)
 def test_ids_outside_the_table_poison_their_tokens_only(backend, ids):
@@ -55,6 +58,7 @@ def test_ids_outside_the_table_poison_their_tokens_only(backend, ids):
         np.testing.assert_array_equal(got[known], want[known])
 
 
+@pytest.mark.hazard(7)
 def test_a_table_replaced_by_one_of_other_experts_poisons_its_tokens_only():
     block = layer("hash")
     where = lambda b: b.routed.router.table  # noqa: E731
@@ -96,6 +100,7 @@ CALLS = {
 }
 
 
+@pytest.mark.hazard(14)
 @pytest.mark.parametrize("name", CALLS)
 def test_checks_raise_for_an_id_outside_the_table(name):
     hidden_states, input_ids = make_inputs((TOKENS,))
@@ -103,6 +108,7 @@ def test_checks_raise_for_an_id_outside_the_table(name):
         jax.block_until_ready(CALLS[name](checked(), hidden_states, input_ids.at[2].set(VOCAB)))
 
 
+@pytest.mark.hazard(14)
 @every_kind
 def test_checks_raise_for_a_replayed_index_of_no_expert(kind):
     block = checked(kind)
@@ -115,6 +121,7 @@ def test_checks_raise_for_a_replayed_index_of_no_expert(kind):
     assert np.isfinite(np.asarray(again(routing))).all()
 
 
+@pytest.mark.hazard(14)
 @every_kind
 def test_checks_change_nothing_else(kind):
     hidden_states, input_ids = make_inputs((TOKENS,))
@@ -144,6 +151,7 @@ print("NaN, and never a wrong expert")
 """
 
 
+@pytest.mark.hazard(14)
 def test_checks_give_nan_where_equinox_is_told_to():
     """Attached to integers, the error would become the largest one and the last row's experts."""
     folder = pathlib.Path(__file__).parent
@@ -158,6 +166,8 @@ def test_checks_give_nan_where_equinox_is_told_to():
 # --- no tokens, odd sizes ---------------------------------------------------------------------
 
 
+@pytest.mark.hazard(15, "no tokens: empty output, zero counts and gradients, finite statistics")
+@pytest.mark.hazard(42)
 @pytest.mark.parametrize(("kind", "backend"), LAYERS)
 def test_no_tokens(kind, backend):
     block = layer(kind, backend)
@@ -181,6 +191,7 @@ def test_no_tokens(kind, backend):
     assert eqx.tree_equal(bx.rebalance(block, routing, 0.5), block)
 
 
+@pytest.mark.hazard(16, "one expert, all experts, one token, odd sizes, any number of axes")
 @every_kind
 @pytest.mark.parametrize("shape", [(7,), (13, 7), (1, 13, 7), (13, 1, 1, 7)])
 def test_any_number_of_axes_and_odd_sizes(kind, shape):
@@ -206,6 +217,7 @@ def test_any_number_of_axes_and_odd_sizes(kind, shape):
     assert_close(output, want.reshape(shape))
 
 
+@pytest.mark.hazard(16)
 @every_backend
 def test_as_many_experts_per_token_as_experts_and_one_of_each(backend):
     """E = K = 1: the weight is the scaling factor, whatever the score."""

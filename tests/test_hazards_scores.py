@@ -39,6 +39,7 @@ def worst_relative(got, want):
 float32_range = st.floats(-173, 2.0**100, width=32) | st.floats(-173, 173, width=32)
 
 
+@pytest.mark.hazard(17, "sqrt_softplus and its slope within 2e-7 in float32, 1e-15 in float64")
 @given(arrays(np.float32, 16, elements=float32_range))
 def test_any_float32_against_mpmath(x):
     truth = [exact(v) for v in x]
@@ -46,12 +47,17 @@ def test_any_float32_against_mpmath(x):
         assert worst_relative(np.asarray(got), want) <= 2e-7
 
 
+@pytest.mark.hazard(17)
 @pytest.mark.parametrize("x", [-176, -1e4, -3e38, -np.inf])
 def test_far_below_is_exactly_zero(x):
     got = value_and_slope(jnp.full(16, x, jnp.float32))
     assert not np.asarray(got).any()
 
 
+@pytest.mark.hazard(17)
+@pytest.mark.hazard(
+    22, "the reference's activation and routers, by formula and by its recorded outputs"
+)
 def test_float64_against_mpmath_and_the_reference_formula():
     """The reference is torch's softplus, which returns x itself above its threshold of 20: its
     own slope is off by 1.9e-9 there."""
@@ -74,6 +80,7 @@ def test_float64_against_mpmath_and_the_reference_formula():
     np.testing.assert_allclose(narrow, np.sqrt(softplus), rtol=1e-6)
 
 
+@pytest.mark.hazard(19, "its second derivative is finite and continuous, the function never falls")
 def test_derivatives_of_second_order_in_both_modes():
     x = np.asarray([-170.0, -90.0, -20.0, -1.0, 0.0, 1.0, 30.0])
     with jax.enable_x64(True):
@@ -82,6 +89,7 @@ def test_derivatives_of_second_order_in_both_modes():
         check_grads(function, (x,), order=2, modes=("fwd", "rev"))
 
 
+@pytest.mark.hazard(19)
 @given(arrays(np.float32, 16, elements=st.floats(width=32, allow_nan=False)))
 def test_never_falls(x):
     value = np.asarray(value_and_slope(np.sort(x))[0])
@@ -113,6 +121,10 @@ def routing_and_gradients(router, hidden_states):
     return routing, *gradients
 
 
+@pytest.mark.hazard(20, "extreme logits: finite gradients, exactly 0 for experts not selected")
+@pytest.mark.hazard(
+    21, "weights finite, not negative, summing to the scaling factor; 0 if all underflow"
+)
 @pytest.mark.parametrize(("kind", "name"), ROUTER_CASES)
 @given(logits_tables)
 def test_any_logits_give_finite_weights_and_gradients(kind, name, logits):
@@ -131,6 +143,7 @@ def test_any_logits_give_finite_weights_and_gradients(kind, name, logits):
         assert (np.abs(weights.sum(axis=1) / 2.5 - 1) <= 1e-6)[sums > 1e-10].all()
 
 
+@pytest.mark.hazard(20)
 @pytest.mark.parametrize("name", ["sqrtsoftplus", "sigmoid"])
 def test_an_unselected_logit_of_minus_infinity_has_exactly_zero_gradient(name):
     logits = jnp.asarray([1.0, 0.5, -120.0, -1e4, -jnp.inf])
@@ -142,6 +155,7 @@ def test_an_unselected_logit_of_minus_infinity_has_exactly_zero_gradient(name):
     assert gradient[0] > 0 > gradient[1] and not gradient[2:].any()
 
 
+@pytest.mark.hazard(21)
 @pytest.mark.parametrize("kind", ["top_k", "hash"])
 @pytest.mark.parametrize("name", ["sqrtsoftplus", "sigmoid"])
 def test_logits_that_all_underflow_give_zero_weights_and_gradients(kind, name):
@@ -174,6 +188,7 @@ VECTORS = {
 }
 
 
+@pytest.mark.hazard(23, "the vectors on which other libraries differ")
 @pytest.mark.parametrize("name", VECTORS)
 def test_vectors_of_other_libraries(name):
     logits, second, options, indices, weights = VECTORS[name]

@@ -27,6 +27,9 @@ loads = arrays(np.int32, 48, elements=st.integers(0, 5) | st.integers(2**31 - 5,
 # --- the bias update --------------------------------------------------------------------------
 
 
+@pytest.mark.hazard(
+    41, "the sign of the bias update is that of exact fractions; balance moves nothing"
+)
 @given(loads)
 def test_the_sign_is_that_of_exact_fractions(load):
     mean = Fraction(int(load.astype(object).sum()), len(load))
@@ -43,6 +46,7 @@ def call(block, hidden_states, input_ids):
     return block(hidden_states, input_ids)
 
 
+@pytest.mark.hazard(41)
 @pytest.mark.parametrize("num_experts", [7, 48, 96, 192, 384])
 @pytest.mark.parametrize("count", [1, 11, 2**31 - 1])
 def test_balanced_counts_move_nothing(num_experts, count):
@@ -53,6 +57,9 @@ def test_balanced_counts_move_nothing(num_experts, count):
         np.testing.assert_array_equal(np.asarray(new), np.asarray(bias))
 
 
+@pytest.mark.hazard(
+    42, "counts are summed before the sign, padding left out, recomputation counted once"
+)
 def test_shards_are_summed_before_the_sign():
     """Updating by each shard and averaging is another rule: these two shards tell them apart."""
     shards = np.array([[5, 0, 1], [0, 2, 1]], np.int32)
@@ -68,6 +75,7 @@ def test_shards_are_summed_before_the_sign():
     assert int(load.sum()) == 10 * SLOTS
 
 
+@pytest.mark.hazard(42)
 def test_a_skewed_router_is_balanced():
     """64 experts, 6 a token, skewed towards a few: the largest load was 2.98 of the mean in the
     reference's run and 1.50 after it."""
@@ -88,6 +96,7 @@ def test_a_skewed_router_is_balanced():
     assert before > 2.0 and after < 0.6
 
 
+@pytest.mark.hazard(42)
 @every_kind
 def test_recomputation_counts_once(kind):
     block = layer(kind)
@@ -111,6 +120,7 @@ def untrained(block):
     return [np.asarray(getattr(router, name)) for name in router.untrained_fields]
 
 
+@pytest.mark.hazard(43, "adamw, lion, adam, momentum and averages: bias and table to the last bit")
 @every_kind
 def test_adam_and_a_moving_average_leave_the_untrained_alone(kind):
     block = layer(kind)
@@ -138,6 +148,7 @@ def test_adam_and_a_moving_average_leave_the_untrained_alone(kind):
             np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.hazard(44, "a cast to bfloat16 keeps the bias float32 and the table int32")
 @every_kind
 def test_a_cast_of_the_trainable_keeps_bias_and_table(kind):
     block = layer(kind)
@@ -152,6 +163,7 @@ def test_a_cast_of_the_trainable_keeps_bias_and_table(kind):
     assert output.dtype == jnp.bfloat16 and routing.weights.dtype == jnp.float32
 
 
+@pytest.mark.hazard(44)
 def test_a_cast_of_everything_still_selects_and_updates_in_float32():
     """A cast bias has lost digits by then, but no further ones: 20 steps of 1e-3 are 20 steps."""
     block = layer("top_k")
@@ -167,6 +179,7 @@ def test_a_cast_of_everything_still_selects_and_updates_in_float32():
     np.testing.assert_allclose(np.asarray(bias), [19.98, *[20.02] * 4], atol=1e-4)
 
 
+@pytest.mark.hazard(45)
 @every_kind
 @pytest.mark.parametrize("change", ["dtype", "shape"])
 def test_a_file_of_another_layer_is_refused(kind, change):
@@ -183,6 +196,11 @@ def test_a_file_of_another_layer_is_refused(kind, change):
 # --- transformations and export ---------------------------------------------------------------
 
 
+@pytest.mark.hazard(
+    46,
+    "jit, vmap and grad either way round, scan, checkpoint; no compilation twice",
+    exception="forward mode: dense only",
+)
 @every_kind
 def test_eager_and_jit_route_alike_to_the_last_bit(kind):
     block, inputs = layer(kind), make_inputs((8,))
@@ -194,6 +212,7 @@ def test_eager_and_jit_route_alike_to_the_last_bit(kind):
     np.testing.assert_array_equal(np.asarray(compiled), np.asarray(call(block, *inputs)[0]))
 
 
+@pytest.mark.hazard(46)
 def test_second_derivatives_where_they_are_promised():
     """`dense` has a Hessian; on the others forward mode is refused and reverse over reverse is in
     `test_transforms.py`."""
@@ -210,6 +229,9 @@ def test_second_derivatives_where_they_are_promised():
         hessian("blocks")
 
 
+@pytest.mark.hazard(
+    47, "no weights are baked into a compiled layer; jax.export works with checks off"
+)
 @every_kind
 def test_no_weights_are_baked_into_the_compiled_layer(kind):
     block = layer(kind)
@@ -223,6 +245,7 @@ def test_no_weights_are_baked_into_the_compiled_layer(kind):
     assert all(np.size(constant) <= 1 for constant in constants)
 
 
+@pytest.mark.hazard(47)
 @every_kind
 def test_export(kind):
     block = layer(kind)

@@ -31,6 +31,7 @@ def route_each(router, logits):
     return jax.vmap(router)(logits)
 
 
+@pytest.mark.hazard(24, "ties go to the lower index: eager, jit and vmap")
 @given(tied_logits)
 def test_ties_go_to_the_lower_index_in_every_mode(logits):
     router = biased(np.zeros(SIZE, np.float32))
@@ -39,6 +40,7 @@ def test_ties_go_to_the_lower_index_in_every_mode(logits):
         np.testing.assert_array_equal(np.asarray(call(jnp.asarray(logits)).indices), want)
 
 
+@pytest.mark.hazard(25, "the selection is distinct, in range, and the best there is")
 @given(logits_tables, biases)
 def test_the_selection_is_distinct_in_range_and_the_best(logits, bias):
     routing = route(biased(bias), jnp.asarray(logits))
@@ -51,6 +53,9 @@ def test_the_selection_is_distinct_in_range_and_the_best(logits, bias):
         assert row[indices].sum() >= best - 1e-5  # float32 rounding of score + bias, |sum| < 20
 
 
+@pytest.mark.hazard(
+    26, "the bias moves the selection only, a common bias nothing; its gradient is 0"
+)
 @given(logits_tables, biases, st.floats(-4, 4, width=32))
 def test_a_common_bias_changes_nothing(logits, bias, constant):
     got = route(biased(bias), jnp.asarray(logits))
@@ -64,6 +69,7 @@ def test_a_common_bias_changes_nothing(logits, bias, constant):
         np.testing.assert_array_equal(a[decided], b[decided])
 
 
+@pytest.mark.hazard(26)
 @given(logits_tables, biases)
 def test_weights_are_of_the_scores_alone(logits, bias):
     routing = route(biased(bias), jnp.asarray(logits))
@@ -73,6 +79,9 @@ def test_weights_are_of_the_scores_alone(logits, bias):
     np.testing.assert_allclose(np.asarray(routing.weights), want, rtol=1e-5)
 
 
+@pytest.mark.hazard(
+    27, "bias and gate in float32 at the highest precision, bfloat16 parameters or not"
+)
 @pytest.mark.parametrize("kind", ROUTERS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_gate_multiplies_in_float32_at_the_highest_precision(kind, dtype):
@@ -95,6 +104,9 @@ def eqx_equations(jaxpr):
             yield str(equation)
 
 
+@pytest.mark.hazard(
+    28, "a NaN score of either sign: NaN for its token, no other row; -inf comes last"
+)
 @pytest.mark.parametrize("nan", [np.nan, -np.nan])
 @pytest.mark.parametrize("expert", [0, 4])
 def test_one_nan_score_of_either_sign_poisons_its_row_only(nan, expert):
@@ -111,6 +123,7 @@ def test_one_nan_score_of_either_sign_poisons_its_row_only(nan, expert):
     np.testing.assert_array_equal(np.asarray(indices)[[0, 2]], np.asarray(clean)[[0, 2]])
 
 
+@pytest.mark.hazard(28)
 @pytest.mark.parametrize("kind", ROUTERS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_broken_token_changes_no_other_row(kind, bad):
@@ -128,6 +141,7 @@ def test_a_broken_token_changes_no_other_row(kind, bad):
         assert np.isnan(np.asarray(routing.weights)[3]).all()
 
 
+@pytest.mark.hazard(28)
 @given(arrays(np.float32, (TOKENS, SIZE), elements=st.floats(-50, 50, width=32)))
 def test_minus_infinity_is_never_selected_before_a_finite_logit(logits):
     router = biased(np.zeros(SIZE, np.float32))
@@ -138,6 +152,7 @@ def test_minus_infinity_is_never_selected_before_a_finite_logit(logits):
     assert np.asarray(defined).all() and not np.isin(np.asarray(indices), [1, 4]).any()
 
 
+@pytest.mark.hazard(29, "groups left out score -inf and not 0")
 def test_groups_with_negative_biased_scores():
     """All the bias below all the scores: the groups that are left out may still not win."""
     scores = np.array([0.1, 0.2, 0.3, 0.4, 0.05, 0.06, 0.07, 0.08])

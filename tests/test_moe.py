@@ -73,6 +73,7 @@ ORACLE_CASES = [(name, backend, False) for name in ASSIGNMENTS for backend in BA
 ORACLE_CASES += [("random", backend, True) for backend in BACKEND_NAMES if backend != "dense"]
 
 
+@pytest.mark.hazard(30)
 @pytest.mark.parametrize("name, backend, remat", ORACLE_CASES)
 def test_values_and_all_gradients_against_the_oracle(name, backend, remat):
     indices = ASSIGNMENTS[name]
@@ -127,6 +128,7 @@ def test_routed_and_shared_against_the_oracle(kind, backend):
     assert output.dtype == hidden_states.dtype
 
 
+@pytest.mark.hazard(15)
 @every_backend
 def test_zero_tokens(backend):
     block = make_block(bx, "top_k", backend)
@@ -144,6 +146,7 @@ def test_zero_tokens(backend):
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.hazard(16)
 @every_backend
 def test_one_expert_and_all_experts(backend):
     hidden_states = jax.random.normal(jax.random.key(0), (5, HIDDEN))
@@ -164,6 +167,7 @@ def test_one_expert_and_all_experts(backend):
         assert_close(output, want)
 
 
+@pytest.mark.hazard(33)
 @pytest.mark.parametrize("backend", ["blocks", "ragged"])
 def test_a_nan_token_reaches_itself_and_its_experts_only(backend):
     indices = np.array([[0, 1, 2], [0, 1, 0], [2, 3, 1], [3, 2, 3]], np.int32)
@@ -180,6 +184,7 @@ def test_a_nan_token_reaches_itself_and_its_experts_only(backend):
         assert np.isfinite(np.asarray(gradient)[[2, 3, 4]]).all()
 
 
+@pytest.mark.hazard(34)
 @pytest.mark.parametrize("case", BACKENDS, ids=BACKEND_NAMES)
 def test_a_nan_in_one_expert_reaches_its_tokens_only(case):
     indices = np.array([[0, 1, 2], [0, 2, 0], [2, 3, 1], [3, 2, 3]], np.int32)
@@ -195,6 +200,7 @@ def test_a_nan_in_one_expert_reaches_its_tokens_only(case):
     assert np.isnan(np.asarray(got[0])[[0, 2]]).any(axis=1).all()
 
 
+@pytest.mark.hazard(35)
 @every_backend
 def test_a_masked_token_reaches_nothing(backend):
     block = make_block(bx, "hash", backend)
@@ -230,6 +236,7 @@ def test_an_unknown_id_changes_no_other_token():
     np.testing.assert_array_equal(np.asarray(output)[others], np.asarray(clean)[others])
 
 
+@pytest.mark.hazard(31)
 def test_an_expert_named_twice_counts_twice():
     tokens, weights, *_ = (jnp.asarray(a, jnp.float32) for a in problem(np.zeros((4, 2), np.int32)))
     block = make_block(bx, "top_k", "blocks").routed
@@ -238,6 +245,7 @@ def test_an_expert_named_twice_counts_twice():
     assert_close(call(block, tokens, routing=twice)[0], call(block, tokens, routing=once)[0])
 
 
+@pytest.mark.hazard(36)
 def test_permuting_tokens_and_splitting_batches_changes_nothing():
     block = make_block(bx, "hash", "blocks")
     hidden_states, input_ids = make_inputs((24,))
@@ -277,6 +285,9 @@ CALL_ERRORS = [
 ]
 
 
+@pytest.mark.hazard(10)
+@pytest.mark.hazard(11)
+@pytest.mark.hazard(13)
 @pytest.mark.parametrize("kind, shape, ids, error, text", CALL_ERRORS)
 def test_call_errors(kind, shape, ids, error, text, unchecked):
     block = make_block(bx, kind, "blocks")
@@ -335,6 +346,7 @@ def test_no_shared_expert_is_an_error():
         bx.RoutedAndSharedMoE.from_config(config, 0, key=jax.random.key(0))
 
 
+@pytest.mark.hazard(14)
 @every_backend
 @pytest.mark.parametrize("bad", [-1, EXPERTS + 1, 99])
 def test_replaying_an_index_of_no_expert_poisons_its_token_only(bad, backend):
@@ -362,6 +374,7 @@ def test_replaying_narrow_indices_of_as_many_experts_as_they_have_values(dtype, 
     assert again.indices.dtype == jnp.int32
 
 
+@pytest.mark.hazard(35)
 @every_backend
 def test_an_assignment_to_nobody_is_left_out(backend):
     """Against the same token with fewer experts: no row, no weight, no load, finite gradients."""
@@ -412,6 +425,7 @@ def test_capacity_against_a_recount(capacity):
     assert int(bx.expert_load(again).max()) <= capacity
 
 
+@pytest.mark.hazard(35)
 @every_backend
 def test_a_masked_row_stops_nan_in_both_directions(backend):
     block = make_block(bx, "top_k", backend).routed
@@ -431,6 +445,7 @@ def test_a_masked_row_stops_nan_in_both_directions(backend):
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves)
 
 
+@pytest.mark.hazard(9)
 def test_parts_of_different_sizes_are_refused():
     block = make_block(bx, "top_k", "blocks")
     key = jax.random.key(0)
@@ -451,6 +466,7 @@ CLAMPED_GATES = [
 ]
 
 
+@pytest.mark.hazard(38)
 @pytest.mark.parametrize("gate, value, slope", CLAMPED_GATES)
 def test_clamped_gate(gate, value, slope):
     swiglu = bx.activations.swiglu(10.0)
@@ -458,6 +474,7 @@ def test_clamped_gate(gate, value, slope):
     np.testing.assert_allclose(got, (value, slope), rtol=1e-6, atol=0)
 
 
+@pytest.mark.hazard(38)
 @pytest.mark.parametrize(
     "up, value, slope", [(10, 10, 1), (-10, -10, 1), (11, 10, 0), (-11, -10, 0)]
 )

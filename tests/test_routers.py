@@ -30,6 +30,7 @@ def by_hand(logits, bias=0.0, *, k=2, **options):
     return router(logits)
 
 
+@pytest.mark.hazard(40)
 @pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("kind", ROUTERS)
@@ -118,6 +119,7 @@ VECTORS = {
 }
 
 
+@pytest.mark.hazard(23)
 @pytest.mark.parametrize("name", VECTORS)
 def test_adversarial_vectors(name):
     logits, bias, k, options, indices, weights = VECTORS[name]
@@ -134,6 +136,7 @@ def test_tiny_equal_scores_share_equally():
     np.testing.assert_allclose(weights, 0.3125, rtol=1.2e-7)  # a sum of eight may round once
 
 
+@pytest.mark.hazard(29)
 def test_masked_groups_are_minus_infinity_not_zero():
     """With 0 instead of -inf the masked experts 4 and 5 would beat negative biased scores."""
     scores = np.array([0.1, 0.2, 0.3, 0.4, 0.05, 0.06, 0.07, 0.08])
@@ -144,6 +147,7 @@ def test_masked_groups_are_minus_infinity_not_zero():
     assert routing.indices.tolist() == [3, 2]
 
 
+@pytest.mark.hazard(29)
 def test_groups_against_the_oracle():
     rng = np.random.default_rng(0)
     bias = rng.normal(size=12).astype(np.float32) * 0.3
@@ -197,6 +201,7 @@ def test_temperature_divides_the_logits():
     np.testing.assert_allclose(np.asarray(cold.logits), [2.0, 4.0, 6.0], rtol=1e-6)
 
 
+@pytest.mark.hazard(24)
 def test_equal_scores_go_to_the_lower_index():
     assert by_hand([1.0, 2.0, 2.0, 2.0, 1.0]).indices.tolist() == [1, 2]
     tied = np.random.default_rng(0).integers(0, 3, (200, 16)).astype(np.float32)
@@ -217,10 +222,12 @@ def test_a_nan_score_poisons_its_row_only(nan):
         assert (routing.indices[row] == clean.indices[row]).all()
 
 
+@pytest.mark.hazard(4)
 def test_a_nan_bias_is_loud():
     assert np.isnan(np.asarray(by_hand([1.0, 2.0, 3.0], [0.0, np.nan, 0.0]).weights)).all()
 
 
+@pytest.mark.hazard(28)
 def test_minus_infinity_loses_to_an_underflowed_score():
     # On selection itself: a gate of ones and zeros would make NaN out of -inf * 0.
     router = bx.TopKRouter(3, 3, 2, key=jax.random.key(0))
@@ -229,6 +236,7 @@ def test_minus_infinity_loses_to_an_underflowed_score():
     assert indices.tolist() == [2, 1] and bool(defined)
 
 
+@pytest.mark.hazard(20)
 def test_unselected_experts_have_exactly_zero_gradient_at_extreme_logits():
     router = bx.TopKRouter(4, 4, 2, key=jax.random.key(0))
 
@@ -242,6 +250,7 @@ def test_unselected_experts_have_exactly_zero_gradient_at_extreme_logits():
     assert np.asarray(gradient[:2, 0]).any()
 
 
+@pytest.mark.hazard(26)
 def test_no_gradient_reaches_the_bias():
     router = make_router(bx, "top_k", jax.random.key(0))
     hidden_states, _ = make_inputs()
@@ -250,6 +259,7 @@ def test_no_gradient_reaches_the_bias():
     assert np.asarray(gradient.gate.weight).any()
 
 
+@pytest.mark.hazard(27)
 def test_the_bias_keeps_small_steps_in_float32():
     """20.14 + 2e-5: in bfloat16 both would be 20.125."""
     bias = [20.14, 20.14002, 20.14]
@@ -259,6 +269,7 @@ def test_the_bias_keeps_small_steps_in_float32():
     assert router.score_correction_bias.dtype == jnp.float32
 
 
+@pytest.mark.hazard(27)
 def test_bfloat16_parameters_keep_a_float32_gate():
     router = bx.TopKRouter(256, 64, 6, dtype=jnp.bfloat16, key=jax.random.key(0))
     hidden_states = jax.random.normal(jax.random.key(1), (128, 256), jnp.bfloat16)
@@ -274,6 +285,7 @@ def test_the_gate_multiplies_at_the_highest_precision():
     assert "HIGHEST" in jaxpr
 
 
+@pytest.mark.hazard(12)
 @pytest.mark.parametrize(
     "dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint16, jnp.int32, jnp.uint32]
 )
@@ -284,6 +296,7 @@ def test_every_integer_type_of_ids(dtype):
     np.testing.assert_array_equal(np.asarray(routing.indices), table[[0, 5, 100]])
 
 
+@pytest.mark.hazard(14)
 @pytest.mark.parametrize(
     "bad",
     [
@@ -311,6 +324,7 @@ def test_an_id_outside_the_table_poisons_its_token_only(bad):
         assert (routing.indices[row] == clean.indices[row]).all()
 
 
+@pytest.mark.hazard(35)
 def test_masked_tokens_may_hold_anything():
     router = make_router(bx, "hash", jax.random.key(0))
     hidden_states = jnp.ones((2, HIDDEN)).at[1].set(jnp.nan)
@@ -339,6 +353,9 @@ CONSTRUCTION_ERRORS = [
 ]
 
 
+@pytest.mark.hazard(1, "sizes below 1, or more experts per token than experts: ValueError")
+@pytest.mark.hazard(2, "an unknown score function: ValueError that lists the known ones")
+@pytest.mark.hazard(8, "groups that do not divide, or hold too few experts: ValueError")
 @pytest.mark.parametrize("options, error, text", CONSTRUCTION_ERRORS)
 def test_construction_errors(options, error, text, unchecked):
     sizes = {"hidden_size": HIDDEN, "num_experts": EXPERTS, "num_experts_per_token": SLOTS}
@@ -350,6 +367,7 @@ def test_construction_errors(options, error, text, unchecked):
             bx.HashRouter(**{**sizes, **options}, table=table, key=jax.random.key(0))
 
 
+@pytest.mark.hazard(5)
 @pytest.mark.parametrize(
     "table, error, text",
     [

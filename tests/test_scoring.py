@@ -36,6 +36,7 @@ def inputs():
 value_and_slope = jax.jit(jax.vmap(jax.value_and_grad(lambda x: bx.sqrt_softplus(x))))
 
 
+@pytest.mark.hazard(17)
 def test_float32_value_and_gradient_against_mpmath():
     x = inputs()
     value, slope = (np.asarray(a, np.float64) for a in value_and_slope(x))
@@ -45,6 +46,7 @@ def test_float32_value_and_gradient_against_mpmath():
         assert max(relative) <= FLOAT32_RELATIVE
 
 
+@pytest.mark.hazard(19)
 def test_second_derivative():
     second = jax.jit(jax.vmap(jax.grad(jax.grad(bx.sqrt_softplus))))
     x = np.concatenate([np.linspace(-60, 60, 241), [0.0]]).astype(np.float32)
@@ -56,16 +58,19 @@ def test_second_derivative():
     assert np.isfinite(np.asarray(second(far))).all()
 
 
+@pytest.mark.hazard(17)
 @pytest.mark.parametrize("x, value, slope", [(-np.inf, 0, 0), (np.inf, np.inf, 0), (-1e4, 0, 0)])
 def test_limits(x, value, slope):
     got = value_and_slope(jnp.asarray([x], jnp.float32))
     assert [float(a[0]) for a in got] == [value, slope]
 
 
+@pytest.mark.hazard(17)
 def test_nan_propagates():
     assert all(np.isnan(np.asarray(a)).all() for a in value_and_slope(jnp.asarray([jnp.nan])))
 
 
+@pytest.mark.hazard(18, "the same, correctly rounded, for all 65,536 bfloat16 and float16 numbers")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_every_narrow_float(dtype):
     """All 65,536 patterns: no NaN, no inf, and correctly rounded but for the last half bit."""
@@ -106,6 +111,7 @@ def test_the_composition_it_replaces_has_a_nan_gradient():
     assert np.isnan(float(naive_gradient(jnp.float32(-110.0))))
 
 
+@pytest.mark.hazard(21)
 @pytest.mark.parametrize("logit", [-40.0, -86.0, -88.0, -90.0, -100.0])
 def test_normalizer_gradient(logit):
     """d/dz of (1, 2) . normalized(sqrt_softplus(z)) for logits (c, c - 1), eps included."""
@@ -121,6 +127,7 @@ def test_normalizer_gradient(logit):
     np.testing.assert_allclose(np.asarray(got), want, rtol=1e-5, atol=0)
 
 
+@pytest.mark.hazard(21)
 def test_normalizer_of_nothing_is_zero_with_zero_gradient():
     z = jnp.full(3, -400.0)
     weights = normalized(bx.sqrt_softplus(z))

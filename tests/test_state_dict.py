@@ -44,6 +44,7 @@ def numbered(layer_idx):
     return tensors
 
 
+@pytest.mark.hazard(45)
 @KINDS
 def test_there_and_back_bit_for_bit(layer_idx):
     tensors = numbered(layer_idx)
@@ -123,6 +124,7 @@ def test_gradients_have_the_names_of_what_is_trained(layer_idx):
     assert "gate.e_score_correction_bias" not in bx.to_state_dict(frozen)
 
 
+@pytest.mark.hazard(44)
 @KINDS
 def test_bfloat16_keeps_the_bias_and_the_table(layer_idx):
     block = bx.from_state_dict(CONFIG, layer_idx, numbered(layer_idx), dtype=jnp.bfloat16)
@@ -230,6 +232,9 @@ REFUSED = {
 }
 
 
+@pytest.mark.hazard(4)
+@pytest.mark.hazard(5)
+@pytest.mark.hazard(45)
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_tensors(case):
     layer_idx, change, error, text = REFUSED[case]

@@ -70,6 +70,7 @@ def oracle(request):
     )
 
 
+@pytest.mark.hazard(46)
 @every_sorted_backend
 def test_vmap_and_grad_either_way_round(oracle, backend):
     kind, outputs, gradients, input_gradients = oracle
@@ -133,6 +134,7 @@ def test_ensemble_of_blocks():
     assert_close(alone, jnp.stack([forward(block, hidden_states[0]) for block in blocks]))
 
 
+@pytest.mark.hazard(46)
 @every_kind
 def test_scan_over_stacked_layers(kind):
     blocks = [make_block(bx, kind, "blocks", key) for key in jax.random.split(jax.random.key(6), 3)]
@@ -171,6 +173,7 @@ def test_scan_over_stacked_layers(kind):
     assert_trees_close(gradient, desired_gradient)
 
 
+@pytest.mark.hazard(46)
 @every_kind
 def test_checkpoint_gives_the_same_gradient(kind):
     block = make_block(bx, kind, "blocks")
@@ -209,6 +212,7 @@ def test_forward_mode_on_the_dense_backend():
         jax.jvp(lambda x: sorted_block(x)[0], (hidden_states,), (tangent,))
 
 
+@pytest.mark.hazard(46)
 @every_kind
 def test_filter_jit_compiles_once(kind):
     block = make_block(bx, kind, "blocks")
@@ -225,6 +229,9 @@ def test_filter_jit_compiles_once(kind):
     assert len(traces) == 1
 
 
+@pytest.mark.hazard(
+    45, "files: the same bits back; another shape, dtype or a missing tensor is an error"
+)
 @every_kind
 def test_serialisation_is_exact(kind):
     block = make_block(bx, kind, "blocks")
