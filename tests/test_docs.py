@@ -59,7 +59,7 @@ def test_the_readme_opens_released_weights_as_written(tmp_path, monkeypatch, cap
     folder.mkdir()
     config = bx.MoEConfig(64, 32, 8, 2)
     layer = bx.RoutedAndSharedMoE.from_config(config, 3, key=jax.random.key(0))
-    bx.save_moe(folder / "layer-3.safetensors", layer, 3, quantisation="fp4")
+    bx.save_moe(folder / "layer-3.safetensors", layer, 3, quantization="fp4")
     keys = ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
     released = {**dict(zip(keys, (64, 32, 8, 2), strict=True)), "scoring_func": "sqrtsoftplus"}
     (folder / "config.json").write_text(json.dumps(released))

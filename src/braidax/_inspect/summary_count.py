@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .._checkpoint.packed_matmul import PackedMatrices
+from .._experts.packed import PackedMatrices
 from .._moe import RoutedAndSharedMoE, RoutedMoE
 from .._router import AbstractRouter, HashRouter, TopKRouter
 
@@ -167,7 +167,7 @@ def is_array(leaf: Any) -> bool:
 
 
 def _full_shape(leaf: Any) -> tuple[int, ...]:
-    return (*leaf.payload.shape[:-1], leaf.size_in) if is_packed(leaf) else leaf.shape
+    return leaf.shape
 
 
 def _num_parameters(leaf: Any) -> int:

@@ -1,7 +1,7 @@
-"""Floating point to FP4 and FP8 with E8M0 scales: the inverse of `dequantise`.
+"""Floating point to FP4 and FP8 with E8M0 scales: the inverse of `dequantize`.
 
-A scale is the smallest power of two with which the largest number of its block does not exceed
-the format's: nothing saturates, and what was decoded from such a format is encoded without loss.
+A scale is the smallest power of two that brings the largest number of its block within the
+format. So nothing saturates, and a number that was decoded from the format is encoded without loss.
 
 **Source:** DeepSeek-V4 (arXiv:2606.19348) and its released files: `scale_fmt` `"ue8m0"`.
 """
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float8e4m3fn, UInt8
 
-from .dequantise import FP4_GROUP, decode_scale
+from .dequantize import FP4_GROUP, decode_scale
 from .dtypes import FLOAT4, SCALE
 
 FP8_BLOCK = (128, 128)
 _FLOAT8 = np.dtype(jnp.float8_e4m3fn)
-_ONE = 127  # the byte of scale 1; bytes 0 and 254 are avoided, their products leave float32
-_SMALLEST, _LARGEST = 1, 253
+_ONE = 127  # the byte of scale 1
+_SMALLEST, _LARGEST = 1, 253  # products with the bytes 0 and 254 leave float32
 _LARGEST_NUMBER = 2.0**127
 
 
@@ -50,8 +50,7 @@ def encode_fp8(
 
     **Returns:** the numbers and their E8M0 scales.
 
-    **Raises:** `ValueError` unless all numbers are finite and
-    at most 2**127.
+    **Raises:** `ValueError` unless all numbers are finite and at most 2**127.
     """
     rows, columns = numbers.shape
     padding = [(0, -size % width) for size, width in zip(numbers.shape, block, strict=True)]
@@ -65,7 +64,7 @@ def encode_fp8(
 
 def _finite(numbers: np.ndarray) -> Float[np.ndarray, "..."]:
     numbers = np.asarray(numbers, np.float32)
-    # What is larger may round up to a number that float32 does not have.
+    # A larger number may round up to one that float32 does not have.
     within = np.abs(numbers) <= _LARGEST_NUMBER
     if not within.all():
         found = numbers[~within][0]

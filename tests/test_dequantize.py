@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from braidax._checkpoint.dequantise import decode_blocks, decode_fp4, decode_scale
-from braidax._checkpoint.quantise import encode_fp4, encode_fp8
+from braidax._checkpoint.dequantize import decode_blocks, decode_fp4, decode_scale
+from braidax._checkpoint.quantize import encode_fp4, encode_fp8
 
 BF16 = np.dtype(jnp.bfloat16)
 FLOATS = [np.dtype(np.float32), BF16, np.dtype(np.float16), np.dtype(np.float64)]
@@ -182,7 +182,7 @@ def test_fp8_is_the_nearest_number_at_the_smallest_scale(shape):
 
 
 @pytest.mark.parametrize("encode, kind", [("fp4", "I8"), ("fp8", "F8_E4M3")])
-def test_what_was_quantised_is_encoded_without_loss(encode, kind):
+def test_what_was_quantized_is_encoded_without_loss(encode, kind):
     block = (1, 32) if encode == "fp4" else (128, 128)
     rng = np.random.default_rng(0)
     _, _, numbers = checkpoints.random_matrix(rng, (200, 96), kind, "F8_E8M0", block)

@@ -1,9 +1,10 @@
 """Numbers of 4 and 8 bits with shared scales, decoded to floating point bit for bit.
 
-In numpy, because XLA on a CPU flushes numbers below 2**-126 to zero, and scales reach 2**-127.
+The decoding is numpy's: XLA on a CPU flushes numbers below 2**-126 to zero, and scales reach
+2**-127.
 
-**Source:** section 2 of the released checkpoints' format: OCP microscaling formats v1.0, and
-`Fp8Dequantize` of transformers 5.23, which these agree with byte for byte.
+**Source:** OCP microscaling formats v1.0; `Fp8Dequantize` of transformers 5.23, with which this
+file agrees byte for byte.
 """
 
 import functools
@@ -36,7 +37,7 @@ def decode_fp4(
     *lead, packed = payload.shape
     grouped = payload.reshape(*lead, packed * 2 // FP4_GROUP, FP4_GROUP // 2)
     if scale.dtype.itemsize == 1:
-        # Every product there can be, looked up: several times faster than multiplying.
+        # Looking every product up is several times faster than multiplying.
         index = scale.view(np.uint8).astype(np.uint16)[..., None] << 8 | grouped
         pairs = np.take(_products(np.dtype(dtype)), index)
         return pairs.view(dtype).reshape(*lead, packed * 2)
@@ -64,7 +65,7 @@ def decode_blocks(
 
 
 def _multiply(numbers: np.ndarray, scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    # Beyond the range it is infinity and NaN, as stored; no surprise to warn about.
+    # A product beyond the range is infinity, as stored: nothing to warn about.
     with np.errstate(over="ignore", invalid="ignore"):
         return np.multiply(numbers, scale, dtype=np.float32).astype(dtype)
 
