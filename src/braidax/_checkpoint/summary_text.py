@@ -1,11 +1,11 @@
 """A `Summary` as lines of text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from .._text import size_text, text_table
 from .summary import LayerSummary, Summary
 
 _HEAD = ("layer", "router", "experts", "a token", "stored as", "bytes", "parameters", "active")
-_LEFT = 2  # columns of names; the others are numbers or lists
 
 
 def format_summary(summary: Summary) -> str:
@@ -39,18 +39,6 @@ def _row(layer: LayerSummary) -> tuple[str, ...]:
     )
 
 
-def text_table(rows: Sequence[Sequence[str]], left: int = _LEFT) -> list[str]:
-    """Rows as lines, the first `left` columns of names set left and the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [_line(row, widths, left) for row in rows]
-
-
-def _line(row: Sequence[str], widths: Sequence[int], left: int) -> str:
-    sized = enumerate(zip(row, widths, strict=True))
-    cells = (text.ljust(to) if column < left else text.rjust(to) for column, (text, to) in sized)
-    return "  ".join(cells).rstrip()
-
-
 def _hash_table(layer: LayerSummary) -> list[str]:
     if layer.table is None:
         return []
@@ -68,11 +56,3 @@ def _kinds(num_bytes: Mapping[str, int]) -> str:
 
 def _number(value: int | None, unknown: str = "?") -> str:
     return unknown if value is None else f"{value:,}"
-
-
-def size_text(num_bytes: int) -> str:
-    """Bytes in the decimal unit that suits: `1.50 MB`."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes} B"
