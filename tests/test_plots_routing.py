@@ -130,6 +130,11 @@ def test_coactivation_ignores_what_padding_holds():
     assert padded[0, 1] == 1 and padded[0, 2] == 0
 
 
+def test_coactivation_leaves_out_nobody():
+    image = bx.plot_coactivation(routing([[0, 4], [4, 4], [0, 1]])).images[0].get_array()
+    assert image[0, 1] == 1 / 2 and image[1, 0] == 1 and image[0, 2] == 0
+
+
 def test_pairs_need_two_experts():
     with pytest.raises(ValueError, match="at least 2 experts per token.*Got 1"):
         bx.plot_coactivation(routing([[0], [1]]))
@@ -187,6 +192,18 @@ def test_weights_that_are_not_finite_are_counted_aloud():
         bx.plot_weights(routing([[0, 1]] * 2, weights[1:3]))
 
 
+def test_weights_of_nobody_are_not_drawn():
+    weights = [[0.1, 0.9], [0.0, 0.3], [0.0, 0.0], [0.4, 0.6]]
+    ax = bx.plot_weights(routing([[0, 1], [4, 3], [4, 4], [0, 1]], weights))
+    medians, _ = boxes(ax)
+    np.testing.assert_allclose(medians, [0.6, 0.25], atol=1e-6)  # of 3 tokens and of 2
+    assert "3 tokens" in ax.get_title() and ax.get_legend() is None
+    medians, _ = boxes(bx.plot_weights(routing([[4, 3], [2, 4]], [[0, 0.25], [0.75, 0]])))
+    np.testing.assert_allclose(medians, [0.5], atol=1e-6)  # no token has rank 2
+    with pytest.raises(ValueError, match="finite weights. Got 2 tokens"):
+        bx.plot_weights(routing([[4, 4]] * 2))
+
+
 # --- tokens
 
 
@@ -205,6 +222,20 @@ def test_token_experts_are_drawn_largest_weight_first():
     assert legend == ["padding", "weight not finite"]
     assert (cells.norm.vmin, cells.norm.vmax) == (0, 0.75)
     assert to_rgb(cells.to_rgba(cells.get_array())[4]) == to_rgb("#CC79A7")
+
+
+def test_nobody_has_no_cell():
+    indices = [[4, 1, 0], [4, 4, 4], [2, 4, 3], [4, 4, 4]]
+    weights = [[0, 0.25, 0.75], [0, 0, 0], [np.nan, 0, np.nan], [0, 0, 0]]
+    given = routing(indices, weights, mask=[True, True, True, False])
+    ax = bx.plot_token_experts(given, "abcd")
+    assert texts(ax) == ["0", "1", "2", "3", "a", "b", "c", "d"]
+    np.testing.assert_array_equal(
+        ax.collections[0].get_array().filled(-1), np.array([0.75, 0.25, -1, -1], np.float32)
+    )
+    tops = [path.get_extents().y0 for path in ax.collections[0].get_paths()]
+    assert tops[0] == tops[2] < tops[1] == tops[3]  # no gap above or between
+    assert len(ax.collections[1].get_paths()) == 1
 
 
 @pytest.mark.parametrize(
@@ -288,10 +319,9 @@ def test_routings_are_checked(name):
     plot = inspect.unwrap(getattr(bx, name))
     with pytest.raises(TypeError, match="`routing` must be a Routing. Got ndarray"):
         plot(np.zeros((3, 2)))
-    with pytest.raises(
-        ValueError, match=r"`routing.indices` must be in \[0, experts=4\). Got 1 to 4"
-    ):
-        plot(routing([[1, 4]]))
+    for wrong in (5, -1):
+        with pytest.raises(ValueError, match=r"`routing.indices` must be in \[0, experts=4\]"):
+            plot(routing([[1, wrong]]))
 
 
 @pytest.mark.parametrize("name", ["plot_coactivation", "plot_weights"])

@@ -210,6 +210,22 @@ def test_tokens_without_an_answer_are_counted_apart():
     assert "assignments dropped: 3 in layer 0" in str(bx.report(one_routing(INDICES, dropped=3)))
 
 
+def test_nobody_is_not_counted():
+    """Four is nobody: of token 1 one assignment, of token 2 all, and of padding."""
+    indices, weights = [[0, 1], [2, 4], [4, 4], [4, 4]], [[3, 1], [2, 0], [0, 0], [0, 0]]
+    routing = one_routing(indices, weights, SCORES, MASK, dropped=3)
+    report = bx.report([[routing], [bx.over_capacity(routing, 0)]], input_ids=[IDS, IDS])
+    assert report.load.tolist() == [[1, 1, 1, 0]]
+    assert report.num_tokens.tolist() == [6] and report.undefined.tolist() == [0]
+    assert report.dropped.tolist() == [3 + 6]
+    assert report.coactivation[0].tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0] * 4]
+    np.testing.assert_array_equal(report.batch_max_violation, [[4 / 3 - 1], [np.nan]])
+    # Tokens without an expert have no confidence, but they have scores.
+    np.testing.assert_allclose(report.confidence, [(3 / 4 + 1) / 2], rtol=1e-14)
+    np.testing.assert_allclose(report.router_entropy, [(1 + 0 + 0.5) / 3], rtol=1e-14)
+    assert report.top_tokens == ((((7, "7", 1),), ((7, "7", 1),), ((7, "7", 1),), ()),)
+
+
 def test_nothing_to_count():
     report = bx.report(one_routing(np.zeros((0, 2), int)), input_ids=np.zeros(0, int))
     assert report.load.tolist() == [[0, 0, 0, 0]]
@@ -295,8 +311,8 @@ def test_mistakes_are_named(unchecked, model):
     says(TypeError, "one Routing per layer.*Got a str", [routing, "other"])
     says(ValueError, r"same number of experts. Got \[4, 5\]", [routing, five])
     says(ValueError, "same layers in every batch. Got 2.*after 1", [[routing], [routing] * 2])
-    outside = [routing, one_routing([[4]])]
-    says(ValueError, r"`routings\[1\].indices` must be in \[0, experts=4\)", outside)
+    outside = [routing, one_routing([[0], [5]])]
+    says(ValueError, r"`routings\[1\].indices` must be in \[0, experts=4\].*0 to 5", outside)
     says(ValueError, "Got 1 for 2 routers", routing, model=model)
     other = r"`routings\[0\]` must come from a router of 8 experts. Got 4"
     says(ValueError, other, routing, model=model[0])
@@ -388,5 +404,5 @@ def test_one_of_each_is_singular():
 
 def test_half_of_a_partition_is_named(model):
     half = eqx.partition(model[0], bx.trainable(model[0]))[1]
-    with pytest.raises(ValueError, match="routers with a weight. Got a HashRouter whose weight"):
+    with pytest.raises(ValueError, match="Got a HashRouter whose `gate.weight` is None"):
         bx.report(one_routing(INDICES, experts=8), model=half)

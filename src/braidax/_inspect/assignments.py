@@ -23,7 +23,10 @@ def on_host(name: str, array: Any) -> np.ndarray:
 
 
 class Assignments(NamedTuple):
-    """The tokens of one layer in reading order: the batch axes are flattened into one."""
+    """The tokens of one layer in reading order: the batch axes are flattened into one.
+
+    An index equal to `num_experts` is nobody.
+    """
 
     indices: Int64[np.ndarray, "tokens experts_per_token"]
     weights: Float[np.ndarray, "tokens experts_per_token"]
@@ -68,10 +71,10 @@ def read_layers(name: str, routing: Routing, axes: tuple[int, ...] = ()) -> list
     layers = [Assignments(*layer) for layer in zip(*arrays, mask, dropped, strict=True)]
     for layer in layers:
         used = layer.indices[layer.mask]
-        if used.size and not 0 <= used.min() <= used.max() < layer.num_experts:
+        if used.size and not 0 <= used.min() <= used.max() <= layer.num_experts:
             raise ValueError(
-                f"`{name}.indices` must be in [0, experts={layer.num_experts}). "
-                f"Got {used.min()} to {used.max()}."
+                f"`{name}.indices` must be in [0, experts={layer.num_experts}], of which "
+                f"{layer.num_experts} is nobody. Got {used.min()} to {used.max()}."
             )
     return layers
 

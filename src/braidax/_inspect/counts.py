@@ -12,20 +12,24 @@ from .assignments import Assignments
 def token_sums(layer: Assignments) -> dict[str, Any]:
     """Sums over the tokens of one layer of a batch, by the names of the report's fields.
 
-    `confidence` and `router_entropy` leave out the tokens that are `undefined`.
+    `confidence` and `router_entropy` are followed by their number of tokens. Both leave out the
+    tokens that are `undefined`, and `confidence` tokens whose experts are all nobody.
     """
-    layer = layer.unmasked()
+    layer, num_experts = layer.unmasked(), layer.num_experts
     defined = np.isfinite(layer.weights).all(axis=1) & np.isfinite(layer.scores).all(axis=1)
-    weights, scores = (array[defined].astype(np.float64) for array in layer[1:3])
-    load = np.bincount(layer.indices.reshape(-1), minlength=layer.num_experts)
+    weights, scores = (array[defined].astype(np.float64) for array in (layer.weights, layer.scores))
+    indices = layer.indices[defined]
+    somebody = (indices < num_experts).any(axis=1)
+    shares = _largest_shares(indices[somebody], weights[somebody])
+    load = np.bincount(layer.indices.reshape(-1), minlength=num_experts + 1)[:num_experts]
     return {
         "num_tokens": len(layer.indices),
         "dropped": layer.dropped,
         "undefined": np.sum(~defined),
         "load": load.astype(np.int64),
-        "coactivation": coactivations(layer.indices, layer.num_experts),
-        "confidence": _largest_shares(layer.indices[defined], weights).sum(),
-        "router_entropy": entropy(_shares(scores)).sum(),
+        "coactivation": coactivations(layer.indices, num_experts),
+        "confidence": np.array([shares.sum(), len(shares)]),
+        "router_entropy": np.array([entropy(_shares(scores)).sum(), len(scores)]),
     }
 
 
@@ -50,10 +54,10 @@ def coactivations(
 ) -> Int64[np.ndarray, "experts experts"]:
     """Number of tokens that select both `i` and `j`; on the diagonal, of tokens that select `i`.
 
-    An expert that a token names twice counts once.
+    An expert that a token names twice counts once. Nobody is not counted.
     """
     indices = np.sort(indices, axis=1)
-    # Repetitions get a row and a column of their own, which the last line but one cuts off.
+    # Repetitions are nobody, whose row and column the last line but one cuts off.
     indices[:, 1:][indices[:, 1:] == indices[:, :-1]] = num_experts
     size = num_experts + 1
     counts = np.zeros(size * size, np.int64)

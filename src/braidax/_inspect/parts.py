@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._checkpoint.packed_matmul import PackedMatrices
+from .._dispatch import AbstractDispatch
+from .._matmul import Auto
 from .._moe import RoutedAndSharedMoE, RoutedMoE
 from .routers import is_array, router_kind, router_shape
 
@@ -53,13 +55,16 @@ class BlockSummary(Counts):
     """One `RoutedMoE` or `RoutedAndSharedMoE` of a model.
 
     `path` leads to it from the model's root, which has the empty path. `router` is `"hash"`,
-    `"top-k"` or the name of another class. A stacked block has several `layers`, and its counts are
-    their sums.
+    `"top-k"` or the name of another class. `dispatch` is the name of a class, and `matmul` its
+    kernel, with the kernel that `Auto()` chooses on this platform. A stacked block has several
+    `layers`, and its counts are their sums.
     """
 
     path: str
     module: str
     router: str
+    dispatch: str
+    matmul: str
     layers: int
     num_experts: int
     num_experts_per_token: int
@@ -82,12 +87,21 @@ def count_block(path: str, block: RoutedMoE | RoutedAndSharedMoE) -> BlockSummar
         path=path,
         module=type(block).__name__,
         router=router_kind(router),
+        dispatch=type(routed.dispatch).__name__,
+        matmul=_kernel(routed.dispatch),
         layers=math.prod(axes),
         num_experts=num_experts,
         num_experts_per_token=chosen,
         parts=tuple(parts),
         **sums(parts),
     )
+
+
+def _kernel(dispatch: AbstractDispatch) -> str:
+    kernel = getattr(dispatch, "matmul", None)
+    if isinstance(kernel, Auto):
+        return f"{kernel}, which is {kernel.chosen()} on {jax.default_backend()}"
+    return "" if kernel is None else repr(kernel)
 
 
 def count_rest(leaves: Sequence[Any]) -> PartSummary | None:
@@ -121,7 +135,7 @@ def _count_part(
         count = math.prod(shape) if is_number else 0
         parameters += count
         num_bytes += sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
-        if len(shape) >= leading + 2:
+        if len(shape) >= leading + 2 and not key.endswith("bias"):
             products += count
             # Packed weights are constants: they get no gradient, only the rows do.
             backward += count if is_packed(leaf) else 2 * count

@@ -37,7 +37,7 @@ class Report:
     """The result of `braidax.report`. Print it, or let a notebook show it as a table.
 
     Arrays are NumPy's: counts are int64, figures float64. A figure is NaN if there was no token to
-    average. Masked tokens are not counted.
+    average. Masked tokens and nobody are not counted.
 
     - `layer_names`: one name a layer.
     - `routers`: `"hash"`, `"top-k"` or the name of another class, a layer; None if not known.

@@ -84,19 +84,20 @@ def _figures(batches: Iterable[Any]) -> tuple[dict[str, np.ndarray], list[TokenC
     for layers in batches:
         found = [token_sums(layer) for layer, _ in layers]
         batch = {name: np.array([layer[name] for layer in found]) for name in found[0]}
-        # A batch without a token balances nothing. A 0 for it would flatter the mean of batches.
-        has_tokens = batch["num_tokens"] > 0
-        violations.append(np.where(has_tokens, max_violation(batch["load"]), np.nan))
+        # A batch without load balances nothing. A 0 for it would flatter the mean of batches.
+        has_load = batch["load"].any(axis=1)
+        violations.append(np.where(has_load, max_violation(batch["load"]), np.nan))
         sums = {name: sums.get(name, 0) + batch[name] for name in batch}
         tokens = tokens or [TokenCounts() for _ in layers]
         for counts, (layer, ids) in zip(tokens, layers, strict=True):
             if ids is not None:
                 counts.add(layer.indices[layer.mask], ids[layer.mask])
-    load, number = sums["load"], sums["num_tokens"] - sums["undefined"]
+    load = sums["load"]
     total = load.sum(axis=1)
     shares = load / np.where(total > 0, total, 1)[:, None]
-    for name in ("confidence", "router_entropy"):  # sums become means
-        sums[name] = np.divide(sums[name], number, out=np.full(len(load), np.nan), where=number > 0)
+    for name in ("confidence", "router_entropy"):
+        sum_, number = sums[name].T
+        sums[name] = np.divide(sum_, number, out=np.full(len(load), np.nan), where=number > 0)
     figures = {
         "max_violation": max_violation(load),
         "batch_max_violation": np.array(violations),

@@ -31,11 +31,11 @@ def router_shape(router: AbstractRouter) -> tuple[tuple[int, ...], int]:
 
     Raises `ValueError` for a router without a weight.
     """
-    weight: Any = getattr(router, "weight", None)
+    weight: Any = getattr(getattr(router, "gate", None), "weight", None)
     if not is_array(weight):
         raise ValueError(
-            f"`model` must hold routers with a weight. Got a {type(router).__name__} whose weight"
-            f" is {weight!r:.60}: give the whole model, not a half of `eqx.partition`."
+            f"`model` must hold routers with a weight. Got a {type(router).__name__} whose "
+            f"`gate.weight` is {weight!r:.60}: give the whole model, not a half of `eqx.partition`."
         )
     return tuple(weight.shape[:-2]), weight.shape[-2]
 

@@ -48,6 +48,7 @@ class Summary(Counts):
             stacked = f", {block.layers} layers" if block.layers > 1 else ""
             chosen = f"{block.num_experts_per_token} of {block.num_experts} experts"
             rows.append((title, f"{block.router}, {chosen}{stacked}", *_numbers(block)))
+            rows.append((f"  dispatch: {block.dispatch}", block.matmul, *[""] * 5))
             for part in block.parts:
                 arrays = ", ".join(f"{name} {shape}" for name, shape in part.shapes.items())
                 rows.append((f"  {part.name}: {part.module}", arrays, *_numbers(part)))
@@ -62,8 +63,8 @@ def summary(model: PyTree | MoEConfig) -> Summary:
     """Modules, shapes, parameters (all, and those that a token uses), bytes and FLOPs per token.
 
     `model` is a `MoEConfig`, a `RoutedMoE`, a `RoutedAndSharedMoE`, or any PyTree that holds some.
-    A `MoEConfig` stands for one top-k layer of it in float32, and nothing is allocated. Shapes are
-    enough: `eqx.filter_eval_shape` gives them. A block stacked over layers, for `jax.lax.scan`,
+    A `MoEConfig` stands for one top-k layer of it, and nothing is allocated. Shapes are enough:
+    `eqx.filter_eval_shape` gives them. A block stacked over layers, for `jax.lax.scan`,
     counts as so many layers, and every token passes each of them.
 
     What is counted:
@@ -76,8 +77,9 @@ def summary(model: PyTree | MoEConfig) -> Summary:
       experts and the shared expert. Elementwise work, sorting and the rest of the model count 0.
       Backward is twice forward (gradients of inputs and of weights), and once for packed weights.
       Capacities, `remat` and a dispatch that computes every expert are not taken into account.
-    - Experts and routers of another class: every matrix is taken as one product per token, and
-      the first axis of every array of the experts as the expert axis.
+    - Experts and routers of another class: every matrix whose name does not end in `bias` is taken
+      as one product per token, and the first axis of every array of the experts as the expert axis.
+    - The kernel that `Auto()` chooses is that of this machine's platform.
 
     **Example:** DeepSeek-V4-Flash: a token uses 177 million of a layer's 6.5 billion parameters.
 

@@ -19,7 +19,7 @@ class TokenCounts:
         experts: Int64[np.ndarray, "tokens experts_per_token"],
         ids: Int64[np.ndarray, " tokens"],
     ) -> None:
-        """Count the assignments of some tokens."""
+        """Count the assignments of some tokens. Nobody is an expert like any other here."""
         ids = np.broadcast_to(ids[:, None], experts.shape)
         pairs = np.stack([experts.ravel(), ids.ravel(), np.ones(experts.size, np.int64)])
         self._waiting.append(_added_up(pairs))

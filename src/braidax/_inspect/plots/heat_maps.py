@@ -65,8 +65,8 @@ def plot_coactivation(routing: Routing | Sequence[Routing], *, ax: Any = None) -
 
     White is chance, the share under balanced and independent selection: `(experts_per_token - 1) /
     (experts - 1)`. Orange is below chance, purple above. The diagonal is grey, and so are the rows
-    of experts that no token selects. Padding is not counted. An expert that a token names twice
-    counts once.
+    of experts that no token selects. Padding and nobody are not counted. An expert that a token
+    names twice counts once.
 
     **Arguments:**
 

@@ -31,7 +31,8 @@ def plot_token_experts(
     """The text, set in lines, and below each token its experts, coloured by routing weight.
 
     The number in a cell is the expert, and the largest weight is on top. The numbers at the left
-    margin are positions. Padding is hatched. A weight that is not finite is pink. Spaces, control
+    margin are positions. Padding is hatched. A weight that is not finite is pink. Nobody
+    has no cell. Spaces, control
     characters and glyphs that the font lacks are written as signs and escapes.
 
     **Arguments:**
@@ -94,11 +95,14 @@ def _draw_cells(ax: Any, page: Page, data: Assignments, font: Any) -> None:
     from matplotlib.patches import Patch
 
     experts_per_token = data.indices.shape[1]
-    order = np.argsort(-data.weights, axis=1, kind="stable")  # NaN comes last
-    indices, weights = (np.take_along_axis(a, order, axis=1)[data.mask] for a in data[:2])
-    weights = np.ma.masked_invalid(weights.reshape(-1).astype(np.float64))
-    tokens = np.repeat(np.flatnonzero(data.mask), experts_per_token)
-    rows = np.tile(np.arange(1, experts_per_token + 1), len(indices))
+    somebody = data.indices < data.num_experts
+    order = np.lexsort((-data.weights, ~somebody), axis=1)  # NaN comes last, but before nobody
+    somebody = np.take_along_axis(somebody, order, axis=1) & data.mask[:, None]
+    indices = np.take_along_axis(data.indices, order, axis=1)[somebody].tolist()
+    weights = np.take_along_axis(data.weights, order, axis=1)[somebody]
+    weights = np.ma.masked_invalid(weights.astype(np.float64))
+    tokens, rows = np.nonzero(somebody)
+    rows = rows + 1  # below the token
     finite = weights.compressed()
     low, high = min(0.0, finite.min(initial=0.0)), finite.max(initial=0.0)
     norm = Normalize(low, high if high > low else low + 1)
@@ -107,7 +111,7 @@ def _draw_cells(ax: Any, page: Page, data: Assignments, font: Any) -> None:
     cells = PolyCollection(boxes, array=weights, cmap=colours, norm=norm, linewidths=0)
     ax.add_collection(cells)
     fills = colours(norm(weights))
-    each = zip(tokens.tolist(), rows.tolist(), indices.reshape(-1), fills, strict=True)
+    each = zip(tokens.tolist(), rows.tolist(), indices, fills, strict=True)
     for token, row, expert, fill in each:
         page.write(ax, token, row, str(expert), "black" if is_light(fill) else "white", font)
     legend = []

@@ -19,8 +19,8 @@ def plot_weights(routing: Routing | Sequence[Routing], *, ax: Any = None) -> Any
 
     Boxes end at the quartiles, whiskers at 5 % and 95 %; the line inside is the median. If every
     token's weights have the same sum, a dashed line marks equal shares, `sum / experts_per_token`.
-    Padding is not counted. Tokens with a weight that is not finite are left out, and the title
-    says how many.
+    Padding and nobody are not counted. Tokens with a weight that is not finite are left out, and
+    the title says how many.
 
     **Arguments:**
 
@@ -40,22 +40,26 @@ def plot_weights(routing: Routing | Sequence[Routing], *, ax: Any = None) -> Any
     `ValueError` for routings that differ in size and for none but padding or NaN weights.
     """
     require_matplotlib()
-    weights = np.concatenate([part.weights for part in read_routings(routing)])
-    weights = weights.astype(np.float64)
-    finite = np.isfinite(weights).all(axis=1)
+    parts = read_routings(routing)
+    somebody = np.concatenate([part.indices < part.num_experts for part in parts])
+    weights = np.concatenate([part.weights for part in parts]).astype(np.float64)
+    finite = (np.isfinite(weights) | ~somebody).all(axis=1)
     left_out = int((~finite).sum())
-    if left_out == len(weights):
+    used = finite & somebody.any(axis=1)
+    if not used.any():
         raise ValueError(
             "`routing` must hold a token with finite weights. "
-            f"Got {left_out} tokens, none of them with."
+            f"Got {len(weights)} tokens, none of them with."
         )
-    weights = -np.sort(-weights[finite], axis=1)
+    # Nobody is NaN, which comes last. Ranks that no token has are not drawn.
+    weights = -np.sort(np.where(somebody, -weights, np.nan)[used], axis=1)
+    weights = weights[:, ~np.isnan(weights).all(axis=0)]
     num_tokens, experts_per_token = weights.shape
     ax = given_or_new(ax, min(12.0, max(5.0, 2.5 + 0.6 * experts_per_token)), 4.0)
     _draw(ax, weights)
     low, high = ax.get_ylim()
     # Readers compare weights with 0, so 0 is the lower end unless a weight is negative.
-    ax.set_ylim(low if weights.min() < 0 else 0.0, max(high, 0.0))
+    ax.set_ylim(low if np.nanmin(weights) < 0 else 0.0, max(high, 0.0))
     ax.set_xlim(0.5, experts_per_token + 0.5)
     shown = range(1, experts_per_token + 1, -(-experts_per_token // 16))
     ax.set_xticks(list(shown), [str(rank) for rank in shown])
@@ -68,7 +72,7 @@ def plot_weights(routing: Routing | Sequence[Routing], *, ax: Any = None) -> Any
 
 def _draw(ax: Any, weights: Float64[np.ndarray, "tokens experts_per_token"]) -> None:
     """The boxes, and the dashed line of equal shares."""
-    quantiles = np.quantile(weights, list(_QUANTILES.values()), axis=0).T
+    quantiles = np.nanquantile(weights, list(_QUANTILES.values()), axis=0).T
     colour = foreground(ax)
     lines = {"color": colour}
     # The median stands out from either fill.
