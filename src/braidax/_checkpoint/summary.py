@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .summary_text import size_text, text_table
+from .._text import size_text, text_table
 
 _HEAD = ("layer", "router", "experts", "a token", "stored as", "bytes", "parameters", "active")
 

@@ -1,12 +1,10 @@
-"""Columns of text, and sizes."""
+"""Text for people: tables, byte counts and counted nouns."""
 
 from collections.abc import Sequence
 
-_LEFT = 2  # columns of names; the others are numbers or lists
 
-
-def text_table(rows: Sequence[Sequence[str]], left: int = _LEFT) -> list[str]:
-    """Rows as lines, the first `left` columns of names set left and the others right."""
+def text_table(rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
+    """Rows as lines. The first `left` columns are set left, all further columns right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [_line(row, widths, left) for row in rows]
 
@@ -18,8 +16,13 @@ def _line(row: Sequence[str], widths: Sequence[int], left: int) -> str:
 
 
 def size_text(num_bytes: int) -> str:
-    """Bytes in the decimal unit that suits: `1.50 MB`."""
+    """Bytes in a decimal unit that suits the number: `1.50 MB`."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= size:
             return f"{num_bytes / size:.2f} {unit}"
     return f"{num_bytes} B"
+
+
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """The number with its noun: `1 batch`, `2,000 tokens`."""
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
