@@ -17,6 +17,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 EXTENSIONS = ("router", "experts", "kernel", "dispatch")
 
 
+@pytest.fixture(autouse=True)
+def as_a_reader_has_it():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @functools.cache
 def page():
     """What the page defines. Its own checks hold on four devices, too."""
