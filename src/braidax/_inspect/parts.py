@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .._checkpoint.packed_matmul import PackedMatrices
 from .._dispatch import AbstractDispatch
+from .._experts.packed import PackedMatrices
 from .._matmul import Auto
 from .._moe import RoutedAndSharedMoE, RoutedMoE
 from .routers import is_array, router_kind, router_shape
@@ -123,7 +123,7 @@ def _count_part(
         if not (is_array(leaf) or is_packed(leaf)):
             continue
         if is_packed(leaf):
-            shape, number = (*leaf.payload.shape[:-1], leaf.size_in), leaf.number
+            shape, number = leaf.shape, leaf.number
             arrays = (leaf.payload, leaf.scale)
         else:
             shape, number, arrays = leaf.shape, str(leaf.dtype), (leaf,)
