@@ -9,15 +9,12 @@ from packaging.requirements import Requirement
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv|virtualenv"
-nox.options.reuse_existing_virtualenvs = False
+nox.options.reuse_venv = "yes"
+nox.options.error_on_missing_interpreters = True  # never a silent skip
 
 PROJECT = nox.project.load_toml("pyproject.toml")
-BENCH = ("--groups", "layers", "decode", "bfloat16", "skew", "tokens", "experts")
 # A file stays in one process: its tests share what they have compiled.
-PARALLEL = ("-n", "auto", "--dist", "loadfile")
-# The session mostly compiles kernels that run once. It is there for the interfaces of old versions;
-# kernels that LLVM has optimised, as a user has them, are tested on the newest versions alone.
-UNOPTIMISED = "--xla_backend_optimization_level=0"
+PYTEST = ("pytest", "-n", "auto", "--dist", "loadfile", "--durations=25")
 LINTED = ("src", "tests", "notebooks", "docs", "noxfile.py")
 
 
@@ -36,52 +33,40 @@ def lowest(requirement: str) -> str:
 
 
 @nox.session
-def tests(session: nox.Session) -> None:
-    """Tests and doctests on the newest dependencies; annotations checked, warnings are errors."""
-    session.install("-e", ".", *group("test"))
-    session.run("pytest", *PARALLEL, *session.posargs)
-
-
-@nox.session
-def parallel(session: nox.Session) -> None:
-    """Expert parallelism on four virtual CPU devices, which JAX must be asked for at its start."""
-    session.install("-e", ".", *group("test"))
-    session.run("pytest", "tests/parallel", *PARALLEL, *session.posargs)
-
-
-@nox.session
 def lint(session: nox.Session) -> None:
-    """Style and formatting."""
-    session.install(*group("lint"))
+    """Style, formatting and static types."""
+    session.install("-e", ".[plot,progress]", *group("lint"))
     session.run("ruff", "check", *LINTED)
     session.run("ruff", "format", "--check", *LINTED)
-
-
-@nox.session
-def types(session: nox.Session) -> None:
-    """Static types of the library."""
-    session.install("-e", ".[plot,progress]", *group("types"))
     session.run("ty", "check", "--python", session.virtualenv.location, "src")
 
 
 @nox.session
+def tests(session: nox.Session) -> None:
+    """Tests and doctests on the newest dependencies; annotations checked, warnings are errors.
+
+    `nox -s tests -P 3.13` runs them on another Python than the one that runs nox.
+    """
+    session.install("-e", ".", *group("test"))
+    session.run(*PYTEST, *session.posargs)
+
+
+@nox.session(default=False)
 def tests_lowest(session: nox.Session) -> None:
-    """The same tests on the lowest version of every direct dependency."""
+    """Every interface once, on the lowest version of every direct dependency."""
     requirements = (*PROJECT["project"]["dependencies"], *group("test"))
     session.install("-e", ".", *map(lowest, requirements))
-    # The pages of the site are run by `tests`; the library has its own tests for all that they do.
-    command = ("pytest", *PARALLEL, "--ignore=tests/test_docs.py")
-    session.run(*command, *session.posargs, env={"XLA_FLAGS": UNOPTIMISED})
+    session.run(*PYTEST, "tests/lowest", *session.posargs)
 
 
-@nox.session
+@nox.session(default=False)
 def notebooks(session: nox.Session) -> None:
     """Execute every notebook in a fresh kernel; `-- --write` keeps the new outputs."""
     session.install("-e", ".[plot,progress]", *group("notebooks"))
     session.run("python", "notebooks/execute.py", *session.posargs)
 
 
-@nox.session
+@nox.session(default=False)
 def docs(session: nox.Session) -> None:
     """Build the site in `site`; a broken link or docstring is an error, and so is a page that asks
     another host for anything."""
@@ -103,11 +88,11 @@ def parity(session: nox.Session) -> None:
 
 @nox.session(default=False, venv_backend="virtualenv")
 def bench(session: nox.Session) -> None:
-    """Measure the layer beside its peers in torch; arguments go to `python -m braidax bench`."""
+    """Measure the layer beside its peers in torch; `-- --help` lists what can be chosen."""
     for requirement in group("parity"):
         session.install(requirement)
-    session.install(".[plot]")
-    session.run("python", "-m", "braidax", "bench", *(session.posargs or BENCH))
+    session.install(".")
+    session.run("python", "tests/benchmarks/layer_speed.py", *session.posargs)
 
 
 @nox.session(default=False)
@@ -115,6 +100,14 @@ def mutants(session: nox.Session) -> None:
     """Take protections out of a copy of the library and see that tests fail without them."""
     session.install("-e", ".", *group("test"))
     session.run("python", "tests/mutants.py", *session.posargs)
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Give thousands of damaged files and odd arguments to the readers; `-- 10000` for more."""
+    session.install("-e", ".", *group("test"))
+    count = session.posargs[0] if session.posargs else "3000"
+    session.run(*PYTEST, "tests/test_fuzz.py", env={"BRAIDAX_FUZZ": count})
 
 
 @nox.session(default=False)

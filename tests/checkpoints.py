@@ -154,7 +154,8 @@ def layer_tensors(layout, layer_idx, seed=0, sizes=(HIDDEN, INTERMEDIATE, EXPERT
     own = (layout.payload, layout.scale, layout.expert_block)
     if layout.fused:
         shape = (experts, 2 * intermediate, hidden)
-        numbers["gate_up"] = matrix("experts.gate_up_proj", shape, *own, fused=True)
+        gate_up = matrix("experts.gate_up_proj", shape, *own, fused=True)
+        numbers["gate_up"] = gate_up.reshape(experts, 2, intermediate, hidden)
         down = matrix("experts.down_proj", (experts, hidden, intermediate), *own, fused=True)
     else:
         triples = [
@@ -164,7 +165,7 @@ def layer_tensors(layout, layer_idx, seed=0, sizes=(HIDDEN, INTERMEDIATE, EXPERT
             ]
             for expert in range(experts)
         ]
-        numbers["gate_up"] = np.stack([np.concatenate(triple[:2]) for triple in triples])
+        numbers["gate_up"] = np.stack([triple[:2] for triple in triples])
         down = np.stack([triple[2] for triple in triples])
     numbers["down"] = np.swapaxes(down, -1, -2)
     floating = layout.scale is None
@@ -174,7 +175,7 @@ def layer_tensors(layout, layer_idx, seed=0, sizes=(HIDDEN, INTERMEDIATE, EXPERT
         matrix(f"shared_experts.{name}", shape, *shared)
         for name, shape in zip(names, _shapes(hidden, intermediate), strict=True)
     )
-    numbers["shared_gate_up"], numbers["shared_down"] = np.concatenate((gate, up)), down.T
+    numbers["shared_gate_up"], numbers["shared_down"] = np.stack((gate, up)), down.T
     return tensors, numbers
 
 

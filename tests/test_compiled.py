@@ -253,11 +253,9 @@ def test_the_default_kernel_is_chosen_when_a_program_is_lowered(platform, produc
     """Traced on a CPU, exported for another platform: `ragged_dot` on a TPU, loops elsewhere."""
     parameters, forward, gradient = functions(bx.top_k_moe(12, 7, 5, 3, key=jax.random.key(0)))
     for function, factor in ((forward, 1), (gradient, 3)):
-        text = jax.export.export(jax.jit(function), platforms=[platform])(
-            parameters, jnp.ones((9, 12))
-        ).mlir_module()
-        assert len(re.findall(r'= "?chlo\.ragged_dot"?[ (]', text)) == factor * products
-        assert ("stablehlo.while" in text) == (products == 0)
+        exported = jax.export.export(jax.jit(function), platforms=[platform])
+        text = exported(parameters, jnp.ones((9, 12))).mlir_module()
+        assert text.count('stablehlo.composite "chlo.ragged_dot"') == factor * products
 
 
 def test_auto_says_what_it_chooses():

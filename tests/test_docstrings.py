@@ -1,11 +1,6 @@
 """What the docstring of every public name must say, as far as a program can check it.
 
-- An example, run as a doctest, that uses the name.
-- The name of every argument or field, in backticks.
-- The shape of every annotated array: `Float[Array, "*layers experts"]` is `(*layers, experts)`.
-- Every kind of exception that the code raises, under **Raises:**.
-- The published equation, format or reference file that it implements, under **Source:**.
-
+Each rule is a function that returns how a name breaks it, and one test that lists all such names.
 A docstring may refer to another: "as for `X`" or "as `X` does" takes over what `X` says.
 """
 
@@ -24,260 +19,198 @@ from jaxtyping import AbstractArray
 
 import braidax as bx
 
+LONGEST_SENTENCE = 25
 # Compositions of the others, without an equation or a format of their own.
 WITHOUT_SOURCE = {
-    "AbstractExperts",
-    "AbstractRouter",
-    "MoEConfig.tiny",
-    "RoutedMoE.from_config",
-    "RoutedAndSharedMoE.from_config",
-    "Routing",
-    "dead_experts",
-    "decay_mask",
-    "expert_load",
-    "hash_tables.from_array",
-    "is_hash_layer",
-    "load_entropy",
-    "plan",
-    "trainable",
+    *("AbstractExperts", "AbstractRouter", "MoEConfig.tiny", "RoutedMoE.from_config"),
+    *("RoutedAndSharedMoE.from_config", "Routing", "dead_experts", "decay_mask", "expert_load"),
+    *("hash_tables.from_array", "is_hash_layer", "load_entropy", "plan", "trainable"),
 }
-# The parts of braidax that only draw and print.
-LOOKING = "braidax._inspect"
-INTERNAL = {"routed_sum"}  # what a block calls; public only to the block's file
+LOOKING = "braidax._inspect"  # draws and prints: no equation either
+WRITTEN = (types.FunctionType, property, functools._lru_cache_wrapper)
 
 
-def is_public_member(name, value):
-    """A method, class method or property written in this library."""
-    value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
-    written = isinstance(value, types.FunctionType | property | functools._lru_cache_wrapper)
-    return written and name not in INTERNAL and (name == "__call__" or not name.startswith("_"))
+def unwrapped(value):
+    value = value.fget if isinstance(value, property) else value
+    return inspect.unwrap(getattr(value, "__func__", value))
 
 
 def public_names():
-    """`{dotted name: object}` of everything that a user is told about."""
-    found = {}
-    modules = {}
-    for name, value in vars(bx).items():
-        if name.startswith("_") or name == "jaxtyping":  # added by the import hook
-            continue
-        (modules if inspect.ismodule(value) else found)[name] = value
+    """`{dotted name: object}` of what a user is told about, with the methods of every class."""
+    modules = {n: m for n, m in vars(bx).items() if inspect.ismodule(m) and n != "jaxtyping"}
+    found = {n: v for n, v in vars(bx).items() if not inspect.ismodule(v)}
     for prefix, module in modules.items():
-        for name, value in vars(module).items():
-            if inspect.isfunction(value) and not name.startswith("_"):
-                if value.__module__ == module.__name__:
-                    found[f"{prefix}.{name}"] = value
+        mine = {
+            n: v for n, v in vars(module).items() if inspect.isfunction(v) or inspect.isclass(v)
+        }
+        ours = (module.__name__, f"braidax._{prefix}")
+        found |= {f"{prefix}.{n}": v for n, v in mine.items() if v.__module__.startswith(ours)}
     for owner, value in list(found.items()):
-        if inspect.isclass(value):
-            for name, member in vars(value).items():
-                if is_public_member(name, member):
-                    found[f"{owner}.{name}"] = inspect.getattr_static(value, name)
-    return found
+        for name, member in vars(value).items() if inspect.isclass(value) else ():
+            if isinstance(getattr(member, "__func__", member), WRITTEN):
+                found[f"{owner}.{name}"] = member
+    hidden = re.compile(r"(^|\.)_(?!_call__)")
+    return {name: value for name, value in found.items() if not hidden.search(name)}
 
 
 PUBLIC = public_names()
 
 
-def unwrapped(value):
-    if isinstance(value, property):
-        value = value.fget
-    value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
-    return inspect.unwrap(value) if callable(value) else value
+def owner_of(name):
+    return name.rpartition(".")[0]
 
 
-def own_documentation(name):
-    """The docstring, and for a class those of its construction and of its fields' owner."""
+def own_text(name):
+    """The docstring, and for a class also that of its construction."""
     value = PUBLIC[name]
     text = inspect.getdoc(unwrapped(value)) or ""
-    if inspect.isclass(value):
-        # A dataclass without a docstring is given its signature for one.
-        text = "" if text.startswith(f"{value.__name__}(") else text
-        construction = inspect.getdoc(value.__init__) or ""
-        if not construction.startswith("Initialize self."):  # what Python says of any class
-            text += "\n\n" + construction
-    return text
+    if not inspect.isclass(value):
+        return text
+    # A dataclass without a docstring is given its signature for one, `__init__` a general phrase.
+    text = "" if text.startswith(f"{value.__name__}(") else text
+    construction = inspect.getdoc(value.__init__) or ""
+    return text + "\n\n" + construction.removeprefix("Initialize self.")
 
 
 @functools.cache
-def documentation(name):
+def full_text(name):
     """What a reader of `name` is told, references to other names followed."""
-    text = own_documentation(name)
+    text = own_text(name)
     for other in re.findall(r"\b[Aa]s\s(?:for\s|in\s)?`([\w.]+)`", text):
-        siblings = (other, f"{name.rsplit('.', 1)[0]}.{other}")
-        siblings += (f"hash_tables.{other}", f"{name.split('.')[0]}.{other}")
-        text += "".join("\n\n" + documentation(full) for full in siblings if full in PUBLIC)
-    if name.endswith(".__call__"):
-        text += "\n\n" + own_documentation(name.rsplit(".", 1)[0])
-    return text
+        near = (other, f"{owner_of(name)}.{other}", f"{name.partition('.')[0]}.{other}")
+        text += "".join("\n\n" + full_text(full) for full in near if full in PUBLIC)
+    return text + ("\n\n" + own_text(owner_of(name)) if name.endswith(".__call__") else "")
 
 
 def annotations(name):
-    """`{argument or field: annotation}`, and the annotation of what is returned as `return`."""
-    value = PUBLIC[name]
-    if inspect.isclass(value):
-        fields = {}
-        if dataclasses.is_dataclass(value):
-            fields = {field.name: field.type for field in dataclasses.fields(value)}
-        signature = inspect.signature(value.__init__)
-        arguments = {p.name: p.annotation for p in signature.parameters.values()}
-        found = {**fields, **arguments}
-    else:
-        signature = inspect.signature(unwrapped(value))
-        found = {p.name: p.annotation for p in signature.parameters.values()}
-        found["return"] = signature.return_annotation
+    """`{argument or field: annotation}`, and what is returned as `return`."""
+    value, found = PUBLIC[name], {}
+    function = value.__init__ if inspect.isclass(value) else unwrapped(value)
+    if dataclasses.is_dataclass(value):
+        found = {field.name: field.type for field in dataclasses.fields(value)}
+    signature = inspect.signature(function)
+    found |= {p.name: p.annotation for p in signature.parameters.values()}
+    found["return"] = signature.return_annotation
     return {key: kind for key, kind in found.items() if key not in ("self", "cls")}
 
 
-def shapes(name):
-    """Of every annotated array but random keys, whose shape depends on how they were made."""
-    kinds = {key: kind for key, kind in annotations(name).items() if key != "key"}
-    return {shape for kind in kinds.values() for shape in array_shapes(kind)}
-
-
-def array_shapes(annotation):
+def shapes(annotation):
     """`(*layers, experts)` for every array with axes in an annotation."""
     if inspect.isclass(annotation) and issubclass(annotation, AbstractArray):
         axes = annotation.dim_str.split()
         shape = f"({axes[0]},)" if len(axes) == 1 else f"({', '.join(axes)})"
         return {shape} if axes and "..." not in axes else set()
-    return {shape for part in typing.get_args(annotation) for shape in array_shapes(part)}
+    return {shape for part in typing.get_args(annotation) for shape in shapes(part)}
 
 
-def raised(function, seen=None):
-    """Names of the exceptions raised by a function and by those of this library that it calls by
-    name, in its body and below."""
-    seen = set() if seen is None else seen
+def raised(function, seen):
+    """The exceptions that a function raises, or a function of the library that it calls by name."""
     function = unwrapped(function)
     if inspect.isclass(function):
-        methods = ("__init__", "__post_init__")
-        return {e for m in methods if m in vars(function) for e in raised(vars(function)[m], seen)}
+        methods = vars(function).keys() & {"__init__", "__post_init__", "__check_init__"}
+        return {error for name in methods for error in raised(vars(function)[name], seen)}
     code = getattr(function, "__code__", None)
-    ours = getattr(function, "__module__", "") or ""
-    if code is None or code in seen or not ours.startswith("braidax"):
+    if code is None or code in seen or not function.__module__.startswith("braidax"):
         return set()
     seen.add(code)
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError, TypeError):  # generated, as the __init__ of a dataclass
+    except (OSError, SyntaxError):  # generated, as the __init__ of a dataclass
         return set()
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call | ast.Name):
-            named = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-            kind = getattr(named, "id", None)
-            if kind and kind.endswith("Error"):
-                found.add(kind)
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            found |= set(re.findall(r"^\w+Error\b", ast.unparse(node.exc)))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             found |= raised(function.__globals__.get(node.func.id), seen)
     return found
 
 
 def examples(name):
-    """The doctests of a name; for a member, those of its class as well."""
-    owner = [name.rsplit(".", 1)[0]] if name.rsplit(".", 1)[0] in PUBLIC else []
-    texts = [own_documentation(each) for each in (name, *owner)]
+    """The source of the doctests of a name and of its class."""
+    texts = [own_text(each) for each in (name, owner_of(name)) if each in PUBLIC]
     parser = doctest.DocTestParser()
-    return [example.source for text in texts for example in parser.get_examples(text)]
+    return "\n".join(e.source for text in texts for e in parser.get_examples(text))
 
 
-def is_used(name, sources):
-    """Whether the examples call or read what `name` is."""
-    short = name.rsplit(".", 1)[-1]
-    if short == "__call__":
-        return bool(sources)
-    return any(re.search(rf"\b{short}\b", source) for source in sources)
+def overrides(name):
+    """Whether a user reads about this member where it is first declared."""
+    bases = getattr(PUBLIC.get(owner_of(name)), "__mro__", ())[1:]
+    return any(name.rpartition(".")[2] in vars(base) for base in bases)
 
 
-def inherited(name):
-    """An overriding member, which a user reads about where it is first declared."""
-    owner, _, short = name.rpartition(".")
-    bases = PUBLIC[owner].__mro__[1:] if inspect.isclass(PUBLIC.get(owner)) else ()
-    return any(short in vars(base) for base in bases)
+def sentences(text):
+    """The sentences of a docstring without its examples, lists taken item by item."""
+    prose = re.sub(r"^(?:    |>>>|\|).*\n?", "\n\n", text, flags=re.MULTILINE)
+    blocks = re.split(r"\n\s*\n|\n(?=[-*] )", prose)
+    return [s for block in blocks for s in re.split(r"(?<=[.:?!])\s+", block) if s.strip()]
 
 
-def members_that_users_call(name):
-    """All but what only a subclass of a router or of experts has to write."""
-    owner = name.rpartition(".")[0]
-    return not (owner in ("AbstractRouter", "AbstractExperts") or inherited(name))
+def no_docstring(name):
+    return not own_text(name).strip()
 
 
-every_name = pytest.mark.parametrize("name", sorted(PUBLIC))
+def no_example(name):
+    """Only a subclass of a router or of experts has to write the members of their bases."""
+    short = name.rpartition(".")[2]
+    used = re.search(r"\w" if short == "__call__" else rf"\b{short}\b", examples(name))
+    return not (used or owner_of(name).startswith("Abstract") or overrides(name))
 
 
-def test_the_public_names_are_found():
-    assert {"Routing", "hash_tables.md5", "MoEConfig.from_hf", "ExpertParallel.shard"} <= set(
-        PUBLIC
-    )
-    assert {"AbstractRouter.select", "RoutedMoE.__call__", "ExpertParallel.size"} <= set(PUBLIC)
+def unnamed_arguments(name):
+    """Arguments and fields that stand nowhere in backticks."""
+    wanted, text = annotations(name).keys() - {"return"}, full_text(name)
+    if inspect.isclass(PUBLIC[name]) and "all others: the arguments of the construct" in text:
+        wanted &= inspect.signature(PUBLIC[name].__init__).parameters.keys()
+    return wanted - set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", text))))
+
+
+def untold_shapes(name):
+    """A random key's shape depends on how the key was made."""
+    kinds = [kind for key, kind in annotations(name).items() if key != "key"]
+    return {shape for kind in kinds for shape in shapes(kind) if shape not in full_text(name)}
+
+
+def untold_exceptions(name):
+    wanted = raised(PUBLIC[name], set())
+    return {kind for kind in wanted | {"**Raises:**"} if wanted and kind not in full_text(name)}
+
+
+def no_source(name):
+    """The published equation, format or reference file that the code implements."""
+    value, owner = unwrapped(PUBLIC[name]), owner_of(name)
+    text = full_text(name) + (full_text(owner) if owner in PUBLIC else "")
+    cited = "**Source:**" in text or "arXiv" in (inspect.getmodule(value).__doc__ or "")
+    exempt = {name, owner} & WITHOUT_SOURCE or value.__module__.startswith(LOOKING)
+    return not (cited or exempt)
+
+
+def eaten_by_markdown(name):
+    """A prompt outside of an indented block becomes a nested quotation, and a list right below a
+    paragraph becomes a part of it."""
+    return re.findall(r"^>>>.*|^[\w*`].*\n- ", own_text(name), re.MULTILINE)
+
+
+def long_sentences(name):
+    return [s for s in sentences(own_text(name)) if len(s.split()) > LONGEST_SENTENCE]
+
+
+RULES = (
+    *(no_docstring, no_example, unnamed_arguments, untold_shapes, untold_exceptions),
+    *(no_source, eaten_by_markdown, long_sentences),
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_no_name_breaks(rule):
+    assert {name: broken for name in PUBLIC if (broken := rule(name))} == {}
+
+
+def test_the_public_names_and_their_code_are_read():
+    assert {"Routing", "hash_tables.md5", "MoEConfig.from_hf", "RoutedMoE.__call__"} <= set(PUBLIC)
     assert WITHOUT_SOURCE <= set(PUBLIC)
-    assert not any(name.split(".")[-1] in INTERNAL for name in PUBLIC)
-
-
-def test_what_a_docstring_must_tell_is_read_from_the_code():
-    assert raised(bx.updated_bias) == {"TypeError", "ValueError"}  # by the helper that it calls
-    assert raised(bx.SwiGLU) == {"TypeError", "ValueError"}
-    assert raised(bx.expert_load) == set()
-    load = inspect.signature(bx.max_violation).parameters["load"].annotation
-    assert array_shapes(load) == {"(*layers, experts)"}
-    assert array_shapes(load | None) == {"(*layers, experts)"}
-    assert shapes("expert_load") == {"(experts,)"}
-
-
-@every_name
-def test_it_has_a_docstring(name):
-    assert own_documentation(name).strip()
-
-
-@every_name
-def test_it_has_an_example_that_uses_it(name):
-    if members_that_users_call(name):
-        assert is_used(name, examples(name)), f"no doctest uses {name}"
-
-
-@every_name
-def test_every_argument_is_named(name):
-    text = documentation(name)
-    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", text))))
-    wanted = set(annotations(name)) - {"return", "grouped_matmul"}
-    if inspect.isclass(PUBLIC[name]) and "all others: the arguments of the constructor" in text:
-        wanted &= set(inspect.signature(PUBLIC[name].__init__).parameters)
-    assert wanted - named == set(), f"{name} does not explain these"
-
-
-@every_name
-def test_every_shape_is_told(name):
-    text = documentation(name)
-    assert {shape for shape in shapes(name) if shape not in text} == set()
-
-
-@every_name
-def test_every_exception_is_told(name):
-    text = documentation(name)
-    wanted = raised(PUBLIC[name])
-    if wanted:
-        assert "**Raises:**" in text
-    assert {kind for kind in wanted if kind not in text} == set()
-
-
-def has_a_source(name):
-    drawn = unwrapped(PUBLIC[name]).__module__.startswith(LOOKING)
-    return not drawn and WITHOUT_SOURCE.isdisjoint({name, name.rpartition(".")[0]})
-
-
-@pytest.mark.parametrize("name", sorted(filter(has_a_source, PUBLIC)))
-def test_its_source_is_told(name):
-    value, owner = unwrapped(PUBLIC[name]), name.rpartition(".")[0]
-    text = documentation(name) + (documentation(owner) if owner in PUBLIC else "")
-    module = inspect.getmodule(value)
-    assert "**Source:**" in text or "arXiv" in (module.__doc__ or "")
-
-
-@every_name
-def test_markdown_does_not_eat_it(name):
-    """Prompts outside of an indented block would be rendered as nested quotations, and a list that
-    follows a paragraph without an empty line as a part of it."""
-    lines = own_documentation(name).splitlines()
-    assert [line for line in lines if line.startswith(">>>")] == []
-    pairs = zip(lines, lines[1:], strict=False)
-    assert [
-        after for before, after in pairs if re.match(r"- ", after) and re.match(r"[\w*`]", before)
-    ] == []
+    assert raised(bx.updated_bias, set()) == {"TypeError", "ValueError"}  # by a helper's code
+    assert raised(bx.expert_load, set()) == set()
+    load = annotations("max_violation")["load"]
+    assert shapes(load) == shapes(load | None) == {"(*layers, experts)"}
+    assert sentences("One two.\n\n    >>> code\nThree: four.") == ["One two.", "Three:", "four."]

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import checkpoints
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,12 +77,30 @@ def test_the_block_has_the_rules_of_the_configuration(tmp_path):
     assert routing.indices.shape == (3, SLOTS)
 
 
+def test_a_layer_without_a_shared_expert(tmp_path):
+    """It is the same layer less the shared expert: loaded, saved and loaded again."""
+
+    def change(tensors):
+        for name in [name for name in tensors if ".shared_experts." in name]:
+            del tensors[name]
+
+    write(tmp_path, Layout(), SCORED, change)
+    config = checkpoints.config(bx, num_shared_experts=0)
+    moe = bx.load_moe(tmp_path, SCORED, config=config)
+    assert isinstance(moe, bx.RoutedMoE)
+    write(tmp_path, Layout(), SCORED)
+    assert eqx.tree_equal(moe, bx.load_moe(tmp_path, SCORED).routed)
+    bx.save_moe(tmp_path / "model.safetensors", moe, SCORED)
+    assert eqx.tree_equal(bx.load_moe(tmp_path, SCORED, config=config), moe)
+    assert eqx.tree_equal(bx.from_state_dict(config, SCORED, bx.to_state_dict(moe)), moe)
+
+
 def test_a_weight_and_its_scale_may_lie_in_different_shards(tmp_path):
     tensors, numbers = checkpoints.layer_tensors(Layout(), SCORED)
-    others, _ = checkpoints.layer_tensors(Layout(), 0)
+    other, _ = checkpoints.layer_tensors(Layout(), 0)
     scales = {name: tensor for name, tensor in tensors.items() if name.endswith(".scale")}
     weights = {name: tensor for name, tensor in tensors.items() if name not in scales}
-    shards = {"a.safetensors": weights, "b.safetensors": scales, "c.safetensors": others}
+    shards = {"a.safetensors": weights, "b.safetensors": scales, "c.safetensors": other}
     folder = checkpoints.write_shards(tmp_path / "sharded", shards)
     (folder / "c.safetensors").unlink()  # not part of the layer: never opened
     for path in (folder, folder / "model.safetensors.index.json"):
@@ -90,9 +109,9 @@ def test_a_weight_and_its_scale_may_lie_in_different_shards(tmp_path):
 
 def test_a_folder_without_an_index_is_the_union_of_its_files(tmp_path):
     tensors, numbers = checkpoints.layer_tensors(Layout(), SCORED)
-    others, _ = checkpoints.layer_tensors(Layout(), 0)
+    other, _ = checkpoints.layer_tensors(Layout(), 0)
     write_safetensors(tmp_path / "two.safetensors", tensors)
-    write_safetensors(tmp_path / "nought.safetensors", others)
+    write_safetensors(tmp_path / "nought.safetensors", other)
     moe = bx.load_moe(tmp_path, SCORED, config=checkpoints.config(bx))
     assert_equal_bits(moe, numbers, np.dtype(np.float32))
     shutil.copy(tmp_path / "two.safetensors", tmp_path / "copy.safetensors")
@@ -141,15 +160,15 @@ MISTAKES = {
     "missing weight": (_drop(f"{W1}.weight"), f"{W1}.scale", "a weight that is there", "no such"),
     "missing expert": (
         lambda tensors: [tensors.pop(n) for n in list(tensors) if ".experts.3." in n],
-        f"{PREFIX}experts.3",
-        "have the matrix",
-        "9 other",
+        f"{PREFIX}experts.3.w2.weight",
+        "be there, .* num_experts=4",
+        "14 other",
     ),
     "one expert too many": (
         _set(f"{PREFIX}experts.4.w1.weight", np.zeros((128, 256), np.float32)),
         f"{PREFIX}experts.4.w1.weight",
-        "one of 4 experts",
-        "expert 4",
+        "not be there, .* num_experts=4",
+        "it",
     ),
     "NaN scale": (_poison, f"{W1}.scale", "bytes up to 254", r"\[3, 2\]"),
     "infinite scale": (
@@ -195,11 +214,11 @@ MISTAKES = {
         r"\(\)",
     ),
     "no gate": (_drop(f"{PREFIX}gate.weight"), f"{PREFIX}gate.weight", "be there", "dense layer"),
-    "no bias": (_drop(f"{PREFIX}gate.bias"), f"{PREFIX}gate", "a selection bias", "gate.weight"),
+    "no bias": (_drop(f"{PREFIX}gate.bias"), f"{PREFIX}gate.bias", "num_hash_layers=2", "16 other"),
     "bias of another shape": (
         _set(f"{PREFIX}gate.bias", np.zeros(5, np.float32)),
         f"{PREFIX}gate.bias",
-        r"shape \(4\)",
+        r"shape \(4,\)",
         r"\(5,\)",
     ),
     "NaN in the bias": (
@@ -216,9 +235,9 @@ MISTAKES = {
     ),
     "table the configuration knows nothing of": (
         _rename_bias_to_table,
-        f"{PREFIX}gate",
-        "no hash table",
-        "gate.tid2eid",
+        f"{PREFIX}gate.bias",
+        "num_hash_layers=2",
+        "17 other",
     ),
     "another name for the same": (
         _set(f"{PREFIX}gate.e_score_correction_bias", np.zeros(4, np.float32)),
@@ -228,9 +247,9 @@ MISTAKES = {
     ),
     "experts stacked and one by one": (
         _set(f"{PREFIX}experts.gate_up_proj", np.zeros((4, 256, 256), np.float32)),
-        f"{PREFIX}experts",
-        "stacked or one by one",
-        "both",
+        f"{PREFIX}experts.0.w2.weight",
+        "not be there, beside stacked experts",
+        "it",
     ),
     "two prefixes": (
         _set(f"model.{PREFIX}gate.weight", np.zeros((4, 256), np.float32)),
@@ -246,9 +265,9 @@ MISTAKES = {
     ),
     "no shared expert": (
         lambda tensors: [tensors.pop(n) for n in list(tensors) if ".shared_experts." in n],
-        f"{PREFIX}shared_experts",
-        "have the matrix",
-        "no matrix",
+        f"{PREFIX}shared_experts.w2.weight",
+        "num_shared_experts=1",
+        "14 other",
     ),
 }
 
@@ -276,7 +295,9 @@ def test_table_out_of_range(tmp_path, entry, found):
 
 def test_table_of_another_vocabulary(tmp_path):
     write(tmp_path, Layout(), 0)
-    with pytest.raises(ValueError, match=r"tid2eid` must have shape \(65, 2\). Got \(64, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"tid2eid` must have the configuration's shape \(65, 2\). Got \(64, 2\)"
+    ):
         bx.load_moe(tmp_path, 0, config=checkpoints.config(bx, vocab_size=65))
 
 
@@ -290,10 +311,14 @@ def test_a_layer_that_does_not_exist(tmp_path, layer_idx):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_experts": 8}, r"gate.weight` must have shape \(8, 256\). Got \(4, 256\)"),
-        ({"intermediate_size": 64}, r"w2.weight` must have the configuration's .* size, 64"),
-        ({"num_shared_experts": 2}, r"shared_experts.w2.weight` must .* size, 256"),
-        ({"num_hash_layers": 3}, "gate` must have a hash table, as .* 3 hash layers"),
+        ({"num_experts": 8}, r"gate.weight` must have .* shape \(8, 256\). Got \(4, 256\)"),
+        ({"intermediate_size": 64}, r"experts.0.w1.weight` must .* \(64, 256\). Got \(128, 256\)"),
+        ({"num_shared_experts": 2}, r"shared_experts.w1.weight` must .* \(256, 256\). Got \(128"),
+        (
+            {"num_shared_experts": 0},
+            "shared_experts.w2.weight` must not be there, as .* num_shared_experts=0",
+        ),
+        ({"num_hash_layers": 3}, "gate.bias` must not be there, as .* num_hash_layers=3"),
     ],
 )
 def test_another_configuration(tmp_path, changes, message):

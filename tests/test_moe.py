@@ -191,7 +191,7 @@ def test_a_nan_in_one_expert_reaches_its_tokens_only(case):
     tokens, weights, *_, cotangent = (jnp.asarray(a, jnp.float32) for a in problem(indices))
     block = make_block(bx, "top_k", case.name).routed
     block = eqx.tree_at(
-        lambda b: b.experts.gate_up, block, block.experts.gate_up.at[1, 2, 3].set(jnp.nan)
+        lambda b: b.experts.gate_up, block, block.experts.gate_up.at[1, 0, 2, 3].set(jnp.nan)
     )
     got = output_and_vjp(block, tokens, replay(indices, weights), cotangent)
     clean = all(np.isfinite(np.asarray(a)[[1, 3]]).all() for a in got[:3])
@@ -425,6 +425,7 @@ def test_capacity_against_a_recount(capacity):
     assert int(bx.expert_load(again).max()) <= capacity
 
 
+@pytest.mark.hazard(35)
 @every_backend
 def test_a_masked_row_stops_nan_in_both_directions(backend):
     block = make_block(bx, "top_k", backend).routed
@@ -478,12 +479,9 @@ def test_clamped_gate(gate, value, slope):
     "up, value, slope", [(10, 10, 1), (-10, -10, 1), (11, 10, 0), (-11, -10, 0)]
 )
 def test_clamped_up(up, value, slope):
-    from braidax._experts.swiglu import swiglu
-
     silu = 1 / (1 + np.exp(-1.0))
-    got = jax.value_and_grad(lambda u: swiglu(jnp.stack([jnp.float32(1.0), u]), 10.0)[0])(
-        jnp.float32(up)
-    )
+    swiglu = bx.activations.swiglu(10.0)
+    got = jax.value_and_grad(swiglu, argnums=1)(jnp.float32(1.0), jnp.float32(up))
     np.testing.assert_allclose(got, (value * silu, slope * silu), rtol=1e-6, atol=0)
 
 

@@ -12,10 +12,9 @@ from cases import assert_close
 from checkpoints import EXPERTS, HASH_LAYERS, HIDDEN, LAYOUTS, SLOTS, VOCAB, Layout
 
 import braidax as bx
-from braidax._backends import find_backend
-from braidax._checkpoint.index import Checkpoint
-from braidax._checkpoint.packed_experts import PackedSwiGLUExperts
+from braidax._checkpoint.index import StoredTensors
 from braidax._checkpoint.safetensors_writer import write_safetensors
+from braidax._experts.packed import PackedMatrices
 
 SCORED = HASH_LAYERS
 PACKABLE = {
@@ -47,7 +46,10 @@ def run(moe, hidden_states, input_ids):
 def test_outputs_are_those_of_the_decoded_block(tmp_path, layout):
     path = write(tmp_path, layout, SCORED)
     packed, decoded = bx.load_moe(path, SCORED, dtype="packed"), bx.load_moe(path, SCORED)
-    assert isinstance(packed.routed.experts, PackedSwiGLUExperts)
+    for name in ("gate_up", "down"):
+        arrays = [getattr(moe.routed.experts, name) for moe in (packed, decoded)]
+        assert isinstance(arrays[0], PackedMatrices)
+        assert len({(array.shape, array.ndim, array.dtype) for array in arrays}) == 1
     (output, routing), (wanted, wanted_routing) = (run(moe, *inputs()) for moe in (packed, decoded))
     assert np.array_equal(routing.indices, wanted_routing.indices)
     assert_close(output, wanted)
@@ -74,7 +76,7 @@ def test_any_split_of_the_rows(blocks, assignment, tokens):
         sizes[0 if assignment == "one expert" else -1] = tokens - tokens // 3
     rows = jax.random.normal(jax.random.key(0), (tokens, HIDDEN))
     sizes = jnp.asarray(sizes, jnp.int32)
-    matmul = find_backend("blocks").grouped_matmul
+    matmul = bx.GroupedMatmul(bx.matmul.Auto())
     found, wanted = (experts(rows, sizes, matmul) for experts in (packed, decoded))
     assert found.dtype == jnp.float32
     assert_close(found, wanted)
@@ -183,7 +185,7 @@ def test_packing_takes_the_bytes_of_the_file(tmp_path):
     path = write(tmp_path, Layout(), SCORED)
     experts = bx.load_moe(path, SCORED, dtype="packed").routed.experts
     assert {leaf.dtype for leaf in jax.tree.leaves(experts)} == {jnp.dtype(jnp.uint8)}
-    file = Checkpoint(path)
+    file = StoredTensors(path)
     w3 = f"layers.{SCORED}.ffn.experts.2.w3"
     half = experts.gate_up.payload.shape[1] // 2
     assert np.array_equal(experts.gate_up.payload[2, half:].ravel(), file.raw(f"{w3}.weight"))

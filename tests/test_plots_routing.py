@@ -12,27 +12,12 @@ from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from routings import one_routing as routing
+from routings import random_routing
 
 import braidax as bx
 
 STYLES = ("default", "dark_background")
-
-
-def routing(indices, weights=None, *, experts=4, mask=None):
-    indices = jnp.asarray(indices, jnp.int32)
-    weights = jnp.ones(indices.shape) / indices.shape[-1] if weights is None else weights
-    scores = jnp.ones((*indices.shape[:-1], experts), jnp.float32)
-    mask = None if mask is None else jnp.asarray(mask)
-    dropped = jnp.zeros((), jnp.int32)
-    return bx.Routing(indices, jnp.asarray(weights, jnp.float32), scores, scores, mask, dropped)
-
-
-def random_routing(tokens, experts, experts_per_token, *, mask=None):
-    generator = np.random.default_rng(0)
-    order = np.argsort(generator.random((tokens, experts)), axis=1)
-    weights = generator.random((tokens, experts_per_token)) + 0.1
-    weights /= weights.sum(axis=1, keepdims=True)
-    return routing(order[:, :experts_per_token], weights, experts=experts, mask=mask)
 
 
 def drawn(ax):
@@ -60,11 +45,6 @@ def texts(ax):
     return [text.get_text() for text in ax.texts]
 
 
-def unwrapped(function):
-    # The message a user reads who runs no type checker.
-    return inspect.unwrap(function)
-
-
 # --- the bias
 
 
@@ -87,7 +67,7 @@ def test_bias_hides_no_number_that_is_not_finite():
         bx.plot_bias([3, 7], bias)
     for wrong in (np.zeros((3, 2)), np.zeros(2), np.zeros((2, 0)), np.zeros((2, 1, 3))):
         with pytest.raises(ValueError, match=r"`bias` \(steps, experts\)"):
-            unwrapped(bx.plot_bias)([3, 7], wrong)
+            inspect.unwrap(bx.plot_bias)([3, 7], wrong)
 
 
 # --- co-activation
@@ -150,6 +130,11 @@ def test_coactivation_ignores_what_padding_holds():
     assert padded[0, 1] == 1 and padded[0, 2] == 0
 
 
+def test_coactivation_leaves_out_nobody():
+    image = bx.plot_coactivation(routing([[0, 4], [4, 4], [0, 1]])).images[0].get_array()
+    assert image[0, 1] == 1 / 2 and image[1, 0] == 1 and image[0, 2] == 0
+
+
 def test_pairs_need_two_experts():
     with pytest.raises(ValueError, match="at least 2 experts per token.*Got 1"):
         bx.plot_coactivation(routing([[0], [1]]))
@@ -207,6 +192,18 @@ def test_weights_that_are_not_finite_are_counted_aloud():
         bx.plot_weights(routing([[0, 1]] * 2, weights[1:3]))
 
 
+def test_weights_of_nobody_are_not_drawn():
+    weights = [[0.1, 0.9], [0.0, 0.3], [0.0, 0.0], [0.4, 0.6]]
+    ax = bx.plot_weights(routing([[0, 1], [4, 3], [4, 4], [0, 1]], weights))
+    medians, _ = boxes(ax)
+    np.testing.assert_allclose(medians, [0.6, 0.25], atol=1e-6)  # of 3 tokens and of 2
+    assert "3 tokens" in ax.get_title() and ax.get_legend() is None
+    medians, _ = boxes(bx.plot_weights(routing([[4, 3], [2, 4]], [[0, 0.25], [0.75, 0]])))
+    np.testing.assert_allclose(medians, [0.5], atol=1e-6)  # no token has rank 2
+    with pytest.raises(ValueError, match="finite weights. Got 2 tokens"):
+        bx.plot_weights(routing([[4, 4]] * 2))
+
+
 # --- tokens
 
 
@@ -227,16 +224,27 @@ def test_token_experts_are_drawn_largest_weight_first():
     assert to_rgb(cells.to_rgba(cells.get_array())[4]) == to_rgb("#CC79A7")
 
 
+def test_nobody_has_no_cell():
+    indices = [[4, 1, 0], [4, 4, 4], [2, 4, 3], [4, 4, 4]]
+    weights = [[0, 0.25, 0.75], [0, 0, 0], [np.nan, 0, np.nan], [0, 0, 0]]
+    given = routing(indices, weights, mask=[True, True, True, False])
+    ax = bx.plot_token_experts(given, "abcd")
+    assert texts(ax) == ["0", "1", "2", "3", "a", "b", "c", "d"]
+    np.testing.assert_array_equal(
+        ax.collections[0].get_array().filled(-1), np.array([0.75, 0.25, -1, -1], np.float32)
+    )
+    tops = [path.get_extents().y0 for path in ax.collections[0].get_paths()]
+    assert tops[0] == tops[2] < tops[1] == tops[3]  # no gap above or between
+    assert len(ax.collections[1].get_paths()) == 1
+
+
 @pytest.mark.parametrize(
     "tokens, decode, shown",
     [
         (b"a \n\xff", None, ["a", "␣", "\\n", "\\xff"]),
         ("a\t\x00é", None, ["a", "\\t", "\\x00", "é"]),
-        (
-            ["中文", "💡", "e\u0301", "\u200b"],
-            None,
-            ["\\u4e2d\\u6587", "\\U0001f4a1", "e\\u0301", "\\u200b"],
-        ),
+        (["中文", "💡"] * 2, None, ["\\u4e2d\\u6587", "\\U0001f4a1"] * 2),
+        (["e\u0301", "\u200b"] * 2, None, ["e\\u0301", "\\u200b"] * 2),
         (["\ud83d", "", "x" * 40, "$a_1$"], None, ["\\ud83d", "", "x" * 21 + "...", "$a_1$"]),
         ([7, 8, 9, 10], None, ["7", "8", "9", "10"]),
         (np.array([[0, 1], [2, 3]]), "wxyz".__getitem__, ["w", "x", "y", "z"]),
@@ -283,7 +291,7 @@ def test_axes_too_small_for_the_text_are_refused():
 
 
 def test_token_mistakes_are_named():
-    plot = unwrapped(bx.plot_token_experts)
+    plot = inspect.unwrap(bx.plot_token_experts)
     one = routing([[0, 1]])
     with pytest.raises(ValueError, match="each of the routing's 1. Got 2"):
         plot(one, ["a", "b"])
@@ -308,16 +316,17 @@ def test_token_mistakes_are_named():
 
 @pytest.mark.parametrize("name", ["plot_token_experts", "plot_coactivation", "plot_weights"])
 def test_routings_are_checked(name):
-    plot = unwrapped(getattr(bx, name))
+    plot = inspect.unwrap(getattr(bx, name))
     with pytest.raises(TypeError, match="`routing` must be a Routing. Got ndarray"):
         plot(np.zeros((3, 2)))
-    with pytest.raises(ValueError, match=r"`routing.indices` must lie in \[0, 4\). Got 1 to 4"):
-        plot(routing([[1, 4]]))
+    for wrong in (5, -1):
+        with pytest.raises(ValueError, match=r"`routing.indices` must be in \[0, experts=4\]"):
+            plot(routing([[1, wrong]]))
 
 
 @pytest.mark.parametrize("name", ["plot_coactivation", "plot_weights"])
 def test_layers_are_not_mixed_and_not_empty(name):
-    plot = unwrapped(getattr(bx, name))
+    plot = inspect.unwrap(getattr(bx, name))
     with pytest.raises(ValueError, match=r"of one layer.*\(4, 2\), \(8, 2\)"):
         plot([routing([[0, 1]]), routing([[0, 1]], experts=8)])
     with pytest.raises(ValueError, match="Got 2 tokens, all padding"):
@@ -394,12 +403,14 @@ def test_expert_numbers_can_be_read_on_their_cells(look):
 def test_given_axes_are_used_and_pyplot_is_not():
     loaded = "matplotlib.pyplot" in sys.modules
     settings = dict(matplotlib.rcParams)
-    axes = Figure(figsize=(12, 10), layout="constrained").subplots(2, 2).flat
+    axes = Figure(figsize=(12, 15), layout="constrained").subplots(3, 2).flat
     given = random_routing(12, 8, 2)
     assert bx.plot_bias([0, 1], np.eye(2, 8), ax=axes[0]) is axes[0]
     assert bx.plot_coactivation(given, ax=axes[1]) is axes[1]
     assert bx.plot_weights(given, ax=axes[2]) is axes[2]
     assert bx.plot_token_experts(given, "twelve bytes", ax=axes[3]) is axes[3]
+    assert bx.plot_load(given, ax=axes[4]) is axes[4]
+    assert bx.plot_balance([3], np.ones((1, 2)), ax=axes[5]) is axes[5]
     drawn(axes[0])
     assert ("matplotlib.pyplot" in sys.modules) == loaded
     assert dict(matplotlib.rcParams) == settings
@@ -408,8 +419,9 @@ def test_given_axes_are_used_and_pyplot_is_not():
 def test_missing_matplotlib_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     given = routing([[0, 1]])
-    for plot in (bx.plot_coactivation, bx.plot_weights, bx.plot_token_experts):
+    for plot in (bx.plot_coactivation, bx.plot_weights, bx.plot_token_experts, bx.plot_load):
         with pytest.raises(ImportError, match=r'pip install "braidax\[plot\]"'):
             plot(given)
-    with pytest.raises(ImportError, match=r'pip install "braidax\[plot\]"'):
-        bx.plot_bias([0], np.ones((1, 2)))
+    for plot in (bx.plot_bias, bx.plot_balance):
+        with pytest.raises(ImportError, match=r'pip install "braidax\[plot\]"'):
+            plot([0], np.ones((1, 2)))

@@ -8,22 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from routings import one_routing
 
 import braidax as bx
-from braidax._inspect.plots.coactivation import coactivations
-from braidax._inspect.report_counts import LayerCounts, entropy, max_violation
-from braidax._inspect.report_text import load_bars
-from braidax._inspect.top_tokens import TokenCounts
-
-
-def one_routing(indices, weights=None, scores=None, mask=None, experts=4, dropped=0):
-    indices = jnp.asarray(indices, jnp.int32)
-    weights = jnp.ones(indices.shape) if weights is None else jnp.asarray(weights, jnp.float32)
-    shape = (*indices.shape[:-1], experts)
-    scores = jnp.ones(shape) if scores is None else jnp.asarray(scores, jnp.float32)
-    mask = None if mask is None else jnp.asarray(mask)
-    return bx.Routing(indices, weights, scores, scores, mask, jnp.asarray(dropped, jnp.int32))
-
+from braidax._inspect.counts import coactivations, entropy, max_violation, token_sums
+from braidax._inspect.records import load_bars
+from braidax._inspect.token_counts import TokenCounts
 
 # Four tokens; the last is padding, the third names an expert twice.
 INDICES = [[0, 1], [0, 2], [0, 0], [3, 3]]
@@ -78,12 +68,15 @@ def test_the_functions_of_the_load_agree():
     np.testing.assert_allclose(entropy(shares), bx.load_entropy(jnp.array(load)), rtol=1e-6)
 
 
-def test_counts_above_what_float32_holds():
+def test_counts_above_what_float32_holds(monkeypatch):
     """2**25 + 1 is not a float32."""
-    layer = LayerCounts(2)
-    layer.load += np.array([2**25, 0])
-    layer.add(np.zeros((1, 1), np.int32), np.ones((1, 1)), np.ones((1, 2)), None, 0)
-    assert layer.load.tolist() == [2**25 + 1, 0]
+    loads = iter([2**25, 1])
+
+    def with_large_load(layer):
+        return token_sums(layer) | {"load": np.array([next(loads), 0, 0, 0])}
+
+    monkeypatch.setattr("braidax._inspect.reports.token_sums", with_large_load)
+    assert bx.report([[one_routing([[0]])]] * 2).load.tolist() == [[2**25 + 1, 0, 0, 0]]
     assert max_violation(np.array([2**25 + 1, 2**25 - 1])) == 2.0**-25
 
 
@@ -173,13 +166,8 @@ def test_hash_layers_are_told_apart_and_stacked_layers_split(model, getkey):
         return hashed, stacked
 
     hashed, stacked = routings(model)
-    report = bx.report(
-        (hashed, stacked),
-        model=model,
-        input_ids=ids,
-        layer_names=["a", "b", "c"],
-        num_top_tokens=20,
-    )
+    given = {"model": model, "input_ids": ids, "layer_names": ["a", "b", "c"]}
+    report = bx.report((hashed, stacked), num_top_tokens=20, **given)
     assert report.routers == ("hash", "top-k", "top-k")
     assert report.is_hash.tolist() == [True, False, False]
     assert report.load.shape == (3, 8)
@@ -222,6 +210,22 @@ def test_tokens_without_an_answer_are_counted_apart():
     assert "assignments dropped: 3 in layer 0" in str(bx.report(one_routing(INDICES, dropped=3)))
 
 
+def test_nobody_is_not_counted():
+    """Four is nobody: of token 1 one assignment, of token 2 all, and of padding."""
+    indices, weights = [[0, 1], [2, 4], [4, 4], [4, 4]], [[3, 1], [2, 0], [0, 0], [0, 0]]
+    routing = one_routing(indices, weights, SCORES, MASK, dropped=3)
+    report = bx.report([[routing], [bx.over_capacity(routing, 0)]], input_ids=[IDS, IDS])
+    assert report.load.tolist() == [[1, 1, 1, 0]]
+    assert report.num_tokens.tolist() == [6] and report.undefined.tolist() == [0]
+    assert report.dropped.tolist() == [3 + 6]
+    assert report.coactivation[0].tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0] * 4]
+    np.testing.assert_array_equal(report.batch_max_violation, [[4 / 3 - 1], [np.nan]])
+    # Tokens without an expert have no confidence, but they have scores.
+    np.testing.assert_allclose(report.confidence, [(3 / 4 + 1) / 2], rtol=1e-14)
+    np.testing.assert_allclose(report.router_entropy, [(1 + 0 + 0.5) / 3], rtol=1e-14)
+    assert report.top_tokens == ((((7, "7", 1),), ((7, "7", 1),), ((7, "7", 1),), ()),)
+
+
 def test_nothing_to_count():
     report = bx.report(one_routing(np.zeros((0, 2), int)), input_ids=np.zeros(0, int))
     assert report.load.tolist() == [[0, 0, 0, 0]]
@@ -242,7 +246,7 @@ def test_a_single_expert():
 
 
 def test_token_counts_are_merged_and_wide_ids_kept(monkeypatch):
-    monkeypatch.setattr("braidax._inspect.top_tokens._MERGE_AT_LEAST", 3)
+    monkeypatch.setattr("braidax._inspect.token_counts._MERGE_AT_LEAST", 3)
     counts, wide = TokenCounts(), 2**62
     for ids in ([1, 1], [wide, 1], [2, wide], [wide, wide]):
         counts.add(np.array([[0], [1]]), np.array(ids))
@@ -302,25 +306,20 @@ def test_mistakes_are_named(unchecked, model):
             bx.report(*args, **kwargs)
 
     says(TypeError, "`routings` must be a Routing, one.*Got a int", 3)
-    says(ValueError, "at least one Routing. Got none", [])
-    says(ValueError, "at least one Routing a batch. Got none", [[]])
+    for nothing in ([], [[]], iter(())):
+        says(ValueError, "at least one Routing, in every batch. Got none", nothing)
     says(TypeError, "one Routing per layer.*Got a str", [routing, "other"])
     says(ValueError, r"same number of experts. Got \[4, 5\]", [routing, five])
     says(ValueError, "same layers in every batch. Got 2.*after 1", [[routing], [routing] * 2])
-    outside = [routing, one_routing([[4]])]
-    says(ValueError, r"`routings\[1\].indices` must be in \[0, experts=4\)", outside)
+    outside = [routing, one_routing([[0], [5]])]
+    says(ValueError, r"`routings\[1\].indices` must be in \[0, experts=4\].*0 to 5", outside)
     says(ValueError, "Got 1 for 2 routers", routing, model=model)
     other = r"`routings\[0\]` must come from a router of 8 experts. Got 4"
     says(ValueError, other, routing, model=model[0])
     eight = one_routing(np.zeros((5, 2)), experts=8)
     says(ValueError, r"must start with the layer axes \(2,\)", eight, model=model[1])
     says(ValueError, "`model` must hold a router. Got a list", routing, model=[jnp.ones(3)])
-    says(
-        ValueError,
-        r"`input_ids` must have the batch axes.*Got \(3,\).$",
-        routing,
-        input_ids=IDS[:3],
-    )
+    says(ValueError, r"have the batch axes.*Got \(3,\).$", routing, input_ids=IDS[:3])
     says(TypeError, "`input_ids` must have an integer dtype", routing, input_ids=IDS * 1.0)
     says(ValueError, "one array per batch. Got fewer", [[routing]] * 2, input_ids=[IDS])
     says(ValueError, "one array per batch. Got more", [[routing]], input_ids=[IDS, IDS])
@@ -331,11 +330,14 @@ def test_mistakes_are_named(unchecked, model):
     told_apart = "told apart by `model`"
     says(ValueError, f"Got 2 for 1 layers.*{told_apart}", stacked, layer_names=["a", "b"])
     says(ValueError, rf"\(2, 4\). Got \(4,\).*{told_apart}", stacked, input_ids=IDS)
-    says(ValueError, "Got 1 for 2 layers.$", stacked, model=model[1], layer_names=["a"])
+    split = {"model": model[1]}
+    says(ValueError, "Got 1 for 2 layers.$", stacked, layer_names=["a"], **split)
+    one = one_routing(np.zeros((2, 4, 2)), experts=8)
+    says(ValueError, r"\(2, 4\). Got \(4,\).$", one, input_ids=IDS, model=model[0])
     says(ValueError, "`num_top_tokens` must be at least 1", routing, num_top_tokens=0)
     not_text = "`decode` must return a str. Got 7 for id 7"
     says(TypeError, not_text, routing, input_ids=IDS, decode=int)
-    with pytest.raises(TypeError, match="concrete arrays"):
+    with pytest.raises(TypeError, match=r"`routings\[0\]` must be concrete"):
         jax.jit(lambda routing: bx.report(routing).load)(routing)
 
 
@@ -351,8 +353,7 @@ def test_narrow_indices_count_as_wide_ones(unchecked, dtype):
         assert together.sum() == 3 + 3 + 2 * 3 and together[99, 99] == 3
         assert together[99, [0, 7, 50]].tolist() == together[[0, 7, 50], 99].tolist() == [1] * 3
     experts = 300
-    pairs = np.array([[299, 298]], np.int16)
-    table = coactivations(pairs, experts)
+    table = coactivations(np.array([[299, 298]]), experts)
     assert table[298:, 298:].tolist() == [[1, 1], [1, 1]] and table.sum() == 4
 
 
@@ -403,5 +404,5 @@ def test_one_of_each_is_singular():
 
 def test_half_of_a_partition_is_named(model):
     half = eqx.partition(model[0], bx.trainable(model[0]))[1]
-    with pytest.raises(ValueError, match="routers with a weight. Got a HashRouter whose weight"):
+    with pytest.raises(ValueError, match="Got a HashRouter whose `gate.weight` is None"):
         bx.report(one_routing(INDICES, experts=8), model=half)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from braidax._checkpoint.dtypes import DTYPES
-from braidax._checkpoint.index import Checkpoint
+from braidax._checkpoint.index import StoredTensors
 from braidax._checkpoint.safetensors_reader import LARGEST_HEADER, SafetensorsFile
 from braidax._checkpoint.safetensors_writer import Lazy, write_safetensors
 
@@ -221,7 +221,7 @@ def test_an_index_names_plain_files_beside_it(tmp_path, shard):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": shard}}))
     with pytest.raises(ValueError, match="index.json: `x` must lie in a plain .safetensors file"):
-        Checkpoint(tmp_path)
+        StoredTensors(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -236,14 +236,14 @@ def test_an_index_names_plain_files_beside_it(tmp_path, shard):
 def test_malformed_indices(tmp_path, text, message):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match=f"index.json: .*{message}"):
-        Checkpoint(tmp_path)
+        StoredTensors(tmp_path)
 
 
 def test_index_and_shard_must_agree(tmp_path):
     write_safetensors(tmp_path / "a.safetensors", {"x": np.zeros(2, np.int8)})
     index = {"weight_map": {"x": "a.safetensors", "y": "a.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    checkpoint = Checkpoint(tmp_path)
+    checkpoint = StoredTensors(tmp_path)
     assert checkpoint.read("x").tolist() == [0, 0]
     with pytest.raises(ValueError, match="a.safetensors: `y` must be in the file"):
         checkpoint.read("y")
@@ -255,8 +255,8 @@ def test_two_indices_are_ambiguous(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.safetensors.index.json").write_text('{"weight_map": {}}')
     with pytest.raises(ValueError, match="at most one file"):
-        Checkpoint(tmp_path)
-    assert Checkpoint(tmp_path / "a.safetensors.index.json").files == {}
+        StoredTensors(tmp_path)
+    assert StoredTensors(tmp_path / "a.safetensors.index.json").files == {}
 
 
 def test_a_repeated_key_among_many_is_found_at_once(tmp_path):
@@ -266,7 +266,7 @@ def test_a_repeated_key_among_many_is_found_at_once(tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(f'{{"weight_map": {text}}}')
     with pytest.raises(ValueError, match="the key 'layers.69999.ffn.gate.weight' is repeated"):
-        Checkpoint(path)
+        StoredTensors(path)
 
 
 def test_a_file_has_the_permissions_of_any_other(tmp_path):

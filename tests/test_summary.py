@@ -53,7 +53,7 @@ def test_a_hash_layer_has_a_table_instead_of_a_bias(getkey):
     assert counted.active == GATE + 3 * EXPERT
     assert counted.num_bytes == 4 * (GATE + 9 * EXPERT) + 4 * 256 * 2
     router, experts, shared = counted.parts
-    assert router.shapes == {"weight": "f32[8,32]", "table": "i32[256,2]"}
+    assert router.shapes == {"gate.weight": "f32[8,32]", "table": "i32[256,2]"}
     assert (router.parameters, experts.parameters, shared.parameters) == (GATE, 8 * EXPERT, EXPERT)
     assert (router.forward_flops, experts.forward_flops) == (2 * GATE, 2 * 2 * EXPERT)
 
@@ -154,29 +154,53 @@ class Linears(bx.AbstractExperts):
     weight: jax.Array
     bias: jax.Array
 
-    def __call__(self, rows, group_sizes, grouped_matmul):
+    def __call__(self, rows, group_sizes, matmul):
         raise NotImplementedError
 
 
 def test_experts_and_routers_of_other_classes(getkey):
     class Mine(bx.AbstractRouter):
-        weight: jax.Array
+        gate: bx.Gate
         num_experts_per_token: int = eqx.field(static=True)
-        score_function: str = eqx.field(static=True)
-        normalize: bool = eqx.field(static=True)
-        scaling_factor: float = eqx.field(static=True)
-        temperature: float = eqx.field(static=True)
 
-        def select(self, scores, logits, input_ids):
+        def select(self, scores, logits, input_ids, *, key):
             raise NotImplementedError
 
-    router = Mine(jnp.zeros((8, 32)), 2, "softmax", True, 1.0, 1.0)
+    router = Mine(bx.Gate(32, 8, key=getkey()), 2)
     experts = Linears(jnp.zeros((8, 32, 32)), jnp.zeros((8, 32)))
     (block,) = bx.summary(bx.RoutedMoE(router, experts)).blocks
     assert block.router == "Mine"
     assert block.parameters == GATE + 8 * (32 * 32 + 32)
     assert block.active == GATE + 2 * (32 * 32 + 32)
     assert block.forward_flops == 2 * (GATE + 2 * 32 * 32)  # the bias is added, not multiplied
+
+
+def test_biases_are_added_and_not_multiplied(getkey):
+    sizes = {"use_bias": True, "key": getkey()}
+    router = bx.TopKRouter(32, 8, 2, **sizes)
+    block = bx.RoutedMoE(router, bx.Experts(8, 32, 16, **sizes))
+    block = bx.RoutedAndSharedMoE(block, bx.FeedForward(32, 16, **sizes))
+    counted = bx.summary(block)
+    biases = 2 * 16 + 32
+    assert counted.active == GATE + 8 + 8 + 3 * (EXPERT + biases)
+    assert counted.forward_flops == 2 * (GATE + 3 * EXPERT)
+    assert counted.blocks[0].parts[1].shapes["gate_up_bias"] == "f32[8,2,16]"
+
+
+def test_the_dispatch_and_what_auto_chooses_are_told(getkey):
+    def told(dispatch):
+        block = bx.top_k_moe(32, 16, 8, 2, dispatch=dispatch, key=getkey())
+        (block,) = bx.summary({"block": block}).blocks
+        return block.dispatch, block.matmul
+
+    chosen = f"Auto(), which is {bx.matmul.Auto().chosen()} on {jax.default_backend()}"
+    assert told(bx.SortedDispatch()) == ("SortedDispatch", chosen)
+    assert told(bx.SortedDispatch(bx.matmul.Ragged())) == ("SortedDispatch", "Ragged()")
+    assert told(bx.DenseDispatch()) == ("DenseDispatch", "")
+    mesh = jax.make_mesh((1, 1), ("data", "expert"))
+    assert told(bx.ExpertParallel(mesh)) == ("ExpertParallel", chosen)
+    text = str(bx.summary(TINY))
+    assert f"dispatch: SortedDispatch {chosen}" in " ".join(text.split())
 
 
 def test_text_and_html_and_dictionary(layers):
@@ -187,9 +211,9 @@ def test_text_and_html_and_dictionary(layers):
     hashed = "layers[0]: RoutedAndSharedMoE hash, 2 of 8 experts 14,080 4,864 58.37 kB 9.7 k 19.5 k"
     assert " ".join(lines[1].split()) == hashed
     assert "top-k, 2 of 8 experts, 5 layers" in str(summary)
-    assert "gate_up f32[5,8,32,32]" in str(summary)
+    assert "gate_up f32[5,8,2,16,32]" in str(summary)
     html = summary._repr_html_()
-    assert html.count("<tr>") == html.count("</tr>") == 15
+    assert html.count("<tr>") == html.count("</tr>") == 18
     assert "color" not in html and "overflow-x:auto" in html
     record = json.loads(json.dumps(summary.to_dict()))
     assert record["blocks"][2]["layers"] == 5
@@ -213,5 +237,5 @@ def test_mistakes_are_named():
 def test_half_of_a_partition_is_named(getkey):
     block = bx.RoutedMoE.from_config(TINY, TOP_K_LAYER, key=getkey())
     half = eqx.partition(block, bx.trainable(block))[1]
-    with pytest.raises(ValueError, match="routers with a weight. Got a TopKRouter whose weight"):
+    with pytest.raises(ValueError, match="Got a TopKRouter whose `gate.weight` is None"):
         bx.summary(half)

@@ -56,6 +56,7 @@ from ._training.filters import rebalance as rebalance
 from ._training.filters import trainable as trainable
 
 # Weights
+from ._checkpoint import Checkpoint as Checkpoint
 from ._checkpoint import from_state_dict as from_state_dict
 from ._checkpoint import load_moe as load_moe
 from ._checkpoint import save_moe as save_moe

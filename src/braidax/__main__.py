@@ -186,11 +186,10 @@ def _add_summary(commands: argparse._SubParsersAction) -> None:
 
 
 def _summary(options: dict) -> int:
-    from ._checkpoint.summary import summarise
-    from ._checkpoint.summary_text import format_summary
+    from ._checkpoint import Checkpoint
 
     try:
-        print(format_summary(summarise(options["path"], options["layer"])))
+        print(Checkpoint(options["path"]).summary(options["layer"]))
     except ValueError as error:
         raise UserError(str(error)) from error
     except OSError as error:

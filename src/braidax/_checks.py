@@ -14,14 +14,17 @@ def positive_integer(name: str, value: Any) -> int:
     return integer(name, value, 1)
 
 
-def integer(name: str, value: Any, minimum: int) -> int:
-    """`value` as a Python int of at least `minimum`; `TypeError` or `ValueError` otherwise."""
+def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    """`value` as a Python int of at least `minimum` and at most `maximum`; `TypeError` or
+    `ValueError` otherwise."""
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be an integer. Got {value!r}.")
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"`{name}` must be an integer. Got {value!r}.") from None
+    if maximum is not None and not minimum <= number <= maximum:
+        raise ValueError(f"`{name}` must be between {minimum} and {maximum}. Got {number}.")
     if number < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}. Got {number}.")
     return number

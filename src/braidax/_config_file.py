@@ -63,6 +63,8 @@ def fields_from_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
             fields[name] = value
         elif name in _REQUIRED_KEYS:
             raise ValueError(f"the key {' or '.join(f'`{key}`' for key in keys)} is missing.")
+    # DeepSeek's code keeps softmax scores, which share one unit among all experts.
+    fields.setdefault("normalize", fields["score_function"] != "softmax")
     fields["num_hash_layers"] = _num_hash_layers(raw)
     limit = raw.get("swiglu_limit")
     no_clamp = isinstance(limit, int | float) and limit is not False and limit <= 0

@@ -8,7 +8,6 @@ the recipe of a released table, which is unpublished: load a released table and 
 """
 
 import hashlib
-import operator
 import struct
 from collections.abc import Iterator
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._balanced_table import checked_counts, least_loaded, refine
+from ._checks import integer
 
 _MAX_POOL_ENTRIES = 2**20
 
@@ -174,7 +174,7 @@ def from_array(array: npt.ArrayLike, num_experts: int) -> npt.NDArray[np.int32]:
         raise ValueError(f"`array` must have shape (vocab, experts_per_token). Got {table.shape}.")
     if table.dtype.kind not in "iu":
         raise TypeError(f"`array` must have an integer dtype. Got {table.dtype}.")
-    experts = _integer("num_experts", num_experts, 1, 2**31 - 1)
+    experts = integer("num_experts", num_experts, 1, 2**31 - 1)
     if table.size == 0 or table.shape[1] > experts:
         raise ValueError(
             f"`array` must have at least 1 row and between 1 and num_experts={experts} columns. "
@@ -190,29 +190,17 @@ def from_array(array: npt.ArrayLike, num_experts: int) -> npt.NDArray[np.int32]:
     return table.astype(np.int32)
 
 
-def _integer(name: str, value: object, low: int, high: int) -> int:
-    try:
-        number = operator.index(value)  # ty: ignore[invalid-argument-type]
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be an integer. Got {value!r}.")
-    if not low <= number <= high:
-        raise ValueError(f"`{name}` must be between {low} and {high}. Got {number}.")
-    return number
-
-
 def _sizes(
     vocab_size: object, num_experts: object, num_experts_per_token: object, salt: object
 ) -> tuple[int, int, int, int]:
-    vocab = _integer("vocab_size", vocab_size, 1, 2**31 - 1)
-    experts = _integer("num_experts", num_experts, 1, 2**31 - 1)
-    slots = _integer("num_experts_per_token", num_experts_per_token, 1, 2**31 - 1)
+    vocab = integer("vocab_size", vocab_size, 1, 2**31 - 1)
+    experts = integer("num_experts", num_experts, 1, 2**31 - 1)
+    slots = integer("num_experts_per_token", num_experts_per_token, 1, 2**31 - 1)
     if slots > experts:
         raise ValueError(
             f"`num_experts_per_token` must be at most num_experts={experts}. Got {slots}."
         )
-    return vocab, experts, slots, _integer("salt", salt, 0, 2**64 - 1)
+    return vocab, experts, slots, integer("salt", salt, 0, 2**64 - 1)
 
 
 def _chunks(vocab: int, experts: int) -> Iterator[tuple[int, int]]:

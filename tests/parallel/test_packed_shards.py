@@ -7,8 +7,7 @@ import numpy as np
 from meshes import make_block, make_mesh, make_tokens
 
 import braidax as bx
-from braidax._checkpoint.packed_experts import PackedSwiGLUExperts
-from braidax._checkpoint.packed_matmul import PackedMatrices
+from braidax._experts.packed import PackedMatrices
 
 
 def packed_block():
@@ -16,18 +15,22 @@ def packed_block():
     block = make_block()
     rng = np.random.default_rng(0)
 
-    def matrices(size_out, size_in):
+    def matrices(size_out, size_in, **form):
         experts = block.routed.router.gate.weight.shape[0]
         payload = rng.integers(0, 256, (experts, size_out, size_in // 2)).astype(np.uint8)
         scale = np.full((experts, size_out, -(-size_in // 32)), 124, np.uint8)
         arrays = map(jnp.asarray, (payload, scale))
-        return PackedMatrices(*arrays, "float4_e2m1fn", (1, 32))
+        return PackedMatrices(*arrays, "float4_e2m1fn", (1, 32), **form)
 
-    hidden, intermediate = block.routed.router.gate.weight.shape[1], 6
-    experts = PackedSwiGLUExperts(
-        matrices(2 * intermediate, hidden), matrices(hidden, intermediate), 0.4
+    _, intermediate, hidden = block.routed.experts.down.shape
+    return eqx.tree_at(
+        lambda b: (b.routed.experts.gate_up, b.routed.experts.down),
+        block,
+        (
+            matrices(2 * intermediate, hidden, parts=2),
+            matrices(hidden, intermediate, transposed=True),
+        ),
     )
-    return eqx.tree_at(lambda b: b.routed.experts, block, experts)
 
 
 def test_packed_experts_equal_one_device():

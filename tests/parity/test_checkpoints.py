@@ -15,7 +15,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from whole_model import HASH_LAYERS, LAYERS, make_model
 
 import braidax as bx
-from braidax._checkpoint.dequantise import decode_blocks, decode_fp4
+from braidax._checkpoint.dequantize import decode_blocks, decode_fp4
 from braidax._checkpoint.dtypes import DTYPES
 from braidax._checkpoint.safetensors_reader import SafetensorsFile
 from braidax._checkpoint.safetensors_writer import write_safetensors
@@ -76,16 +76,16 @@ def test_fp8_decodes_as_transformers_does(dtype, float8, kind):
 
 def test_golden_digests(request):
     """Every byte at every scale, as the ordinary tests check it without torch."""
-    dequantise = Fp8Dequantize(None)._dequantize_one
+    dequantize = Fp8Dequantize(None)._dequantize_one
     found = {}
     for dtype in DTYPE:
         name = str(dtype).removeprefix("torch.")
         theirs, _ = scales_of_every_kind(np.repeat(SCALES, 16, axis=1))["F8_E8M0"]
-        decoded = {"fp4": dequantise(to_torch(CODES, torch.int8), theirs, dtype)}
+        decoded = {"fp4": dequantize(to_torch(CODES, torch.int8), theirs, dtype)}
         theirs, _ = scales_of_every_kind(SCALES)["F8_E8M0"]
         for float8 in FLOAT8:
             kind = str(float8).removeprefix("torch.")
-            decoded[kind] = dequantise(to_torch(CODES, float8), theirs, dtype)
+            decoded[kind] = dequantize(to_torch(CODES, float8), theirs, dtype)
         for kind, numbers in decoded.items():
             bits = numbers.view({4: torch.int32, 2: torch.int16}[numbers.element_size()])
             found[f"{kind} to {name}"] = golden.digest(bits.numpy().view(DTYPE[dtype]))
@@ -179,7 +179,7 @@ def test_what_transformers_saves_is_loaded(tmp_path, model, original, shard_size
             assert found[name].dtype == array.dtype and np.array_equal(found[name], array)
 
 
-def saved_by_us(folder, model, quantisation=None):
+def saved_by_us(folder, model, quantization=None):
     """The model, its MoE layers written by `save_moe` and all else by transformers."""
     model.save_pretrained(folder, save_original_format=False)
     (whole,) = folder.glob("*.safetensors")
@@ -193,7 +193,7 @@ def saved_by_us(folder, model, quantisation=None):
     for layer_idx in range(LAYERS):
         moe = bx.from_state_dict(config, layer_idx, reference_tensors(model, layer_idx))
         shard = folder / f"layer-{layer_idx}.safetensors"
-        bx.save_moe(shard, moe, layer_idx, quantisation=quantisation)
+        bx.save_moe(shard, moe, layer_idx, quantization=quantization)
         weight_map |= dict.fromkeys(SafetensorsFile(shard).entries, shard.name)
         layers.append(moe)
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
@@ -213,13 +213,13 @@ def test_what_we_save_is_loaded_by_transformers(tmp_path, model):
     assert HASH_LAYERS < LAYERS  # both kinds of router
 
 
-@pytest.mark.parametrize("quantisation", ["fp4", "fp8"])
-def test_what_we_quantise_is_loaded_by_transformers(tmp_path, model, quantisation):
+@pytest.mark.parametrize("quantization", ["fp4", "fp8"])
+def test_what_we_quantize_is_loaded_by_transformers(tmp_path, model, quantization):
     """The whole model, decoded by transformers to bfloat16, byte for byte as we decode it."""
-    saved_by_us(tmp_path, model, quantisation)
+    saved_by_us(tmp_path, model, quantization)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text()) | {
-        "expert_dtype": quantisation,
+        "expert_dtype": quantization,
         "dtype": "bfloat16",
         "quantization_config": {
             "activation_scheme": "dynamic",

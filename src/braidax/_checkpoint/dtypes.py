@@ -40,6 +40,13 @@ def narrowed(array: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
         return None if (np.isinf(result) & np.isfinite(array)).any() else result
 
 
+def stored_bytes(array: np.ndarray) -> np.ndarray:
+    """The bytes of `array` as a file holds them, two 4-bit numbers in one: uint8, one axis."""
+    array = np.ascontiguousarray(array)
+    data = array.reshape(-1).view(np.uint8)
+    return data[::2] & 15 | data[1::2] << 4 if array.dtype == FLOAT4 else data
+
+
 def size_in_bits(name: str) -> int:
     """Bits of one element of the type called `name` in a file."""
     return 4 if name == PACKED else 8 * DTYPES[name].itemsize

@@ -1,12 +1,15 @@
-"""A checkpoint: the tensors of one file, or of a folder of shards, by name."""
+"""Tensors by name: those of one file, of a folder of shards, or arrays in memory."""
 
+import abc
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
+from .dtypes import NAMES, stored_bytes
 from .errors import mistake
 from .safetensors_reader import Entry, SafetensorsFile, unique_keys
 
@@ -15,10 +18,74 @@ _SUFFIX = ".safetensors"
 _SPECIAL = set("/\\:\0")
 
 
-class Checkpoint:
-    """The tensors of a checkpoint by name; shards are opened when one of theirs is asked for.
+class AbstractTensors(abc.ABC):
+    """Tensors by name, each in the form of a safetensors file. `source` lists them."""
 
-    `source` is what lists them (an index, a folder or a file), `folder` where it lies, `files`
+    source: pathlib.Path
+
+    @abc.abstractmethod
+    def where(self, name: str) -> pathlib.Path:
+        """The file of a tensor, or what should have listed it: the file to name in an error."""
+
+    @abc.abstractmethod
+    def entry(self, name: str) -> Entry:
+        """Dtype, shape and place of a tensor, from its shard's header."""
+
+    @abc.abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """A tensor in its own dtype and shape: see `SafetensorsFile.read`."""
+
+    @abc.abstractmethod
+    def raw(self, name: str) -> np.ndarray:
+        """The bytes of a tensor: see `SafetensorsFile.raw`."""
+
+
+class GivenTensors(AbstractTensors):
+    """Arrays in memory, read like the tensors of a file."""
+
+    source = pathlib.Path("tensors")
+
+    def __init__(self, tensors: Mapping[str, Any]):
+        """**Arguments:** `tensors`: anything that numpy can read, by name.
+
+        **Raises:** `TypeError` for anything else."""
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"`tensors` must map names to arrays. Got {type(tensors).__name__}.")
+        for name in tensors:
+            if not isinstance(name, str):
+                raise TypeError(f"`tensors` must map names to arrays. Got the name {name!r:.60}.")
+        self.arrays = {name: _as_numpy(name, tensor) for name, tensor in tensors.items()}
+
+    def where(self, name: str) -> pathlib.Path:
+        """The name of the argument."""
+        return self.source
+
+    def entry(self, name: str) -> Entry:
+        """As in the header of a file."""
+        array = self.arrays[name]
+        return Entry(NAMES.get(array.dtype, str(array.dtype)), array.shape, 0, array.nbytes)
+
+    def read(self, name: str) -> np.ndarray:
+        """The array itself."""
+        return self.arrays[name]
+
+    def raw(self, name: str) -> np.ndarray:
+        """Its bytes, as a file would hold them."""
+        return stored_bytes(self.arrays[name])
+
+
+def _as_numpy(name: str, tensor: Any) -> np.ndarray:
+    try:
+        array = np.asarray(tensor)
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"`{name}` must be an array that numpy can read: {error}") from error
+
+
+class StoredTensors(AbstractTensors):
+    """The tensors of a checkpoint by name. A shard is opened when one of its tensors is asked for.
+
+    `source` lists the tensors: an index, a folder or a file. `folder` is where it lies, `files`
     the file of each tensor.
     """
 
@@ -27,12 +94,12 @@ class Checkpoint:
     files: dict[str, pathlib.Path]
 
     def __init__(self, path: str | os.PathLike[str]):
-        """**Arguments:** `path`: a `.safetensors` file, an index, or a folder. In a folder the
-        index decides; without one, all its `.safetensors` files together are the checkpoint.
+        """**Arguments:** `path`: a `.safetensors` file, an index, or a folder. The index of a
+        folder decides; without an index, all its `.safetensors` files are the checkpoint.
 
-        **Raises:** `FileNotFoundError` if there is nothing to read; `ValueError` for an index
-        that is malformed or names anything but plain files beside it, and for a tensor that two
-        files without an index both hold.
+        **Raises:** `FileNotFoundError` if there is nothing to read. `ValueError` for an index
+        that is malformed or names anything but plain files beside it. `ValueError` for a tensor
+        that two files without an index both hold.
         """
         path = pathlib.Path(path)
         self.folder = path if path.is_dir() else path.parent
@@ -45,19 +112,19 @@ class Checkpoint:
             self.files = _read_index(index)
 
     def entry(self, name: str) -> Entry:
-        """Dtype, shape and place of a tensor, from its shard's header."""
+        """As the shard's header says."""
         return self._shard(name).entry(name)
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, memory-mapped: see `SafetensorsFile.read`."""
+        """A tensor, memory-mapped."""
         return self._shard(name).read(name)
 
     def raw(self, name: str) -> np.ndarray:
-        """The bytes of a tensor: see `SafetensorsFile.raw`."""
+        """The bytes of a tensor, memory-mapped."""
         return self._shard(name).raw(name)
 
     def where(self, name: str) -> pathlib.Path:
-        """The file of a tensor, or what should have listed it: the file to name in an error."""
+        """The file of a tensor, or what should have listed it."""
         return self.files.get(name, self.source)
 
     def _shard(self, name: str) -> SafetensorsFile:

@@ -1,165 +1,143 @@
-"""One layer of a checkpoint: its tensors found, and their shapes checked against each other."""
+"""One layer of a checkpoint, checked against the configuration. Its data are still in the files."""
 
-from collections.abc import Mapping
-from typing import NamedTuple, NoReturn
+import warnings
+from typing import NamedTuple
 
 import numpy as np
 
 from .. import hash_tables
+from .._config import MoEConfig
 from .dtypes import narrowed
 from .errors import mistake
-from .index import Checkpoint
-from .names import FUSED, SEPARATE, LayerNames, MatrixNames, find_layer
+from .index import AbstractTensors
+from .names import LayerNames
 from .stored_matrix import FLOATS, StoredMatrix, stored_matrix
 
-
-class ExpertMatrices(NamedTuple):
-    """Where one expert lies: `gate_up` is one matrix or two to be stacked, gate first. `index` is
-    its place in them, None where they hold no other expert."""
-
-    gate_up: tuple[StoredMatrix, ...]
-    down: StoredMatrix
-    index: int | None
+# For each expert the matrices whose rows, one after the other, are its own.
+Stack = tuple[tuple[StoredMatrix, ...], ...]
 
 
 class StoredLayer(NamedTuple):
-    """A layer whose shapes have been checked; its data are still in the files."""
+    """A layer whose names and shapes fit the configuration.
 
-    checkpoint: Checkpoint
+    `stacks` holds the feed-forward weights: `experts.gate_up`, `experts.down`, and with a shared
+    expert `shared.gate_up` and `shared.down`, each a stack of one.
+    """
+
+    tensors: AbstractTensors
     names: LayerNames
-    experts: tuple[ExpertMatrices, ...]
-    shared: ExpertMatrices
-    hidden_size: int
-    intermediate_size: int
+    stacks: dict[str, Stack]
     num_experts: int
 
-    def gate_weight(self, dtype: np.dtype) -> np.ndarray:
-        """The router's weight, (experts, hidden). **Raises:** `ValueError` if it does not fit."""
-        weight = self._floats("weight")
-        result = narrowed(weight, dtype)
+    def floats(self, key: str, dtype: np.dtype) -> np.ndarray:
+        """A tensor of the router in `dtype`; the selection bias must be finite.
+
+        **Raises:** `ValueError` naming file and tensor, for numbers that are not such."""
+        name = self.names.tensors[key].weight
+        path, stored = self.tensors.where(name), self.tensors.entry(name).dtype
+        if stored not in FLOATS:
+            raise mistake(path, name, f"have a dtype among {', '.join(FLOATS)}", stored)
+        array = self.tensors.read(name)
+        result = narrowed(array, dtype)
         if result is None:
-            name = self.names.gate["weight"]
-            raise mistake(self.checkpoint.where(name), name, f"fit {dtype}", np.abs(weight).max())
+            raise mistake(path, name, f"fit {dtype}", np.abs(array).max())
+        if key == "selection_bias" and not np.isfinite(result).all():
+            raise mistake(path, name, "be finite", "NaN or infinity")
         return result
 
-    def bias(self) -> np.ndarray:
-        """The router's selection bias, float32 (experts,). **Raises:** `ValueError` for NaN."""
-        bias = self._floats("bias").astype(np.float32)
-        if not np.isfinite(bias).all():
-            name = self.names.gate["bias"]
-            raise mistake(self.checkpoint.where(name), name, "be finite", "NaN or infinity")
-        return bias
-
     def table(self) -> np.ndarray:
-        """The hash table, int32 (vocab, experts_per_token).
-
-        **Raises:** `ValueError` for an expert out of range."""
-        return read_table(self.checkpoint, self.names.gate["table"], self.num_experts)
-
-    def _floats(self, kind: str) -> np.ndarray:
-        name = self.names.gate[kind]
-        dtype = self.checkpoint.entry(name).dtype
-        if dtype not in FLOATS:
-            must = f"have a dtype among {', '.join(FLOATS)}"
-            raise mistake(self.checkpoint.where(name), name, must, dtype)
-        return self.checkpoint.read(name)
+        """The hash table: see `read_table`."""
+        return read_table(self.tensors, self.names.tensors["table"].weight, self.num_experts)
 
 
-def open_layer(checkpoint: Checkpoint, layer_idx: int) -> StoredLayer:
-    """Find layer `layer_idx` and check that its tensors make up a whole.
+def open_layer(
+    tensors: AbstractTensors, names: LayerNames, config: MoEConfig, layer_idx: int
+) -> StoredLayer:
+    """The layer called `names`, all of whose shapes must be those of `config`.
+
+    A tensor that the layer does not compute with is left out with a warning.
 
     **Raises:** `ValueError` naming file, tensor, what was expected and found.
     """
-    names = find_layer(checkpoint, layer_idx)
-    gate = names.gate["weight"]
-    num_experts, hidden = check_tensor(checkpoint, gate, (None, None))
-    if "bias" in names.gate:
-        check_tensor(checkpoint, names.gate["bias"], (num_experts,))
-    experts, intermediate = _experts(checkpoint, names, num_experts, hidden)
-    missing = [matrix for matrix in SEPARATE if matrix not in names.shared]
-    if missing:
-        _raise_missing(names, checkpoint, f"{names.prefix}shared_experts", missing[0], names.shared)
-    shared, _ = _one_expert(checkpoint, names.shared, hidden)
-    return StoredLayer(checkpoint, names, experts, shared, hidden, intermediate, num_experts)
+    router = "table" if config.is_hash_layer(layer_idx) else "selection_bias"
+    ignored, known = dict(names.ignored), names.tensors
+    if router == "table" and {"table", "selection_bias"} <= known.keys():
+        ignored[known.pop("selection_bias").weight] = "the hash table selects alone"
+    for name, why in ignored.items():
+        warnings.warn(f"`{name}` is ignored: {why}.", stacklevel=3)
+    experts, hidden, intermediate = config.num_experts, config.hidden_size, config.intermediate_size
+    _check_shape(tensors, known["gate.weight"].weight, (experts, hidden))
+    _check_names(tensors, names, config, router)
+    columns = (config.vocab_size, config.num_experts_per_token)
+    shape = columns if router == "table" else (experts,)
+    _check_shape(tensors, known[router].weight, shape)
+
+    def matrices(owner: str, intermediate: int) -> tuple[tuple[StoredMatrix, ...], ...]:
+        gate, up, down = (
+            stored_matrix(tensors, known[f"{owner}.{matrix}"], shape)
+            for matrix, shape in (
+                ("gate", (intermediate, hidden)),
+                ("up", (intermediate, hidden)),
+                ("down", (hidden, intermediate)),
+            )
+        )
+        return (gate, up), (down,)
+
+    if "experts.down" in known:
+        shape = (experts, 2 * intermediate, hidden)
+        gate_up = stored_matrix(tensors, known["experts.gate_up"], shape)
+        down = stored_matrix(tensors, known["experts.down"], (experts, hidden, intermediate))
+        pairs = [((gate_up.of_stack(index),), (down.of_stack(index),)) for index in range(experts)]
+    else:
+        pairs = [matrices(f"experts.{index}", intermediate) for index in range(experts)]
+    gate_up, down = zip(*pairs, strict=True)
+    stacks = {"experts.gate_up": gate_up, "experts.down": down}
+    if config.num_shared_experts:
+        gate_up, down = matrices("shared", config.num_shared_experts * intermediate)
+        stacks |= {"shared.gate_up": (gate_up,), "shared.down": (down,)}
+    return StoredLayer(tensors, names, stacks, experts)
 
 
-def read_table(checkpoint: Checkpoint, name: str, num_experts: int) -> np.ndarray:
-    """A hash table, int32 (vocab, experts_per_token). **Raises:** `ValueError` for an expert out
-    of range, naming file and tensor."""
+def read_table(tensors: AbstractTensors, name: str, num_experts: int) -> np.ndarray:
+    """A hash table, int32 (vocab, experts_per_token).
+
+    **Raises:** `ValueError` naming file and tensor, for an expert out of range."""
     try:
-        return hash_tables.from_array(checkpoint.read(name), num_experts)
+        return hash_tables.from_array(tensors.read(name), num_experts)
     except (TypeError, ValueError) as error:
         must = f"be integers in [0, {num_experts})"
-        raise mistake(checkpoint.where(name), name, must, error) from error
+        raise mistake(tensors.where(name), name, must, error) from error
 
 
-def check_tensor(
-    checkpoint: Checkpoint, name: str, shape: tuple[int | None, ...]
-) -> tuple[int, ...]:
-    """The shape of a tensor, which must match `shape` (None: any size)."""
-    path, entry = checkpoint.where(name), checkpoint.entry(name)
-    fits = len(shape) == len(entry.shape)
-    if not fits or any(want not in (None, n) for want, n in zip(shape, entry.shape, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise mistake(path, name, f"have shape ({wanted})", entry.shape)
-    return entry.shape
+def _check_names(
+    tensors: AbstractTensors, names: LayerNames, config: MoEConfig, router: str
+) -> None:
+    """The layer has every tensor that the configuration asks for, and no other."""
+    found = set(names.tensors)
+    wanted = {"gate.weight", router}
+    if stacked := {"experts.gate_up", "experts.down"} & found:
+        wanted |= {"experts.gate_up", "experts.down"}
+    else:
+        experts = range(config.num_experts)
+        wanted |= {f"experts.{i}.{matrix}" for i in experts for matrix in ("gate", "up", "down")}
+    if config.num_shared_experts:
+        wanted |= {"shared.gate", "shared.up", "shared.down"}
+    fields = {"experts": "num_experts", "shared": "num_shared_experts"}
+    for key in sorted(found ^ wanted):
+        field = fields.get(key.split(".")[0], "num_hash_layers")
+        why = f"as the configuration has {field}={getattr(config, field)}"
+        if key in found:
+            name = names.tensors[key].weight
+            why = "beside stacked experts" if stacked and field == "num_experts" else why
+            raise mistake(tensors.where(name), name, f"not be there, {why}", "it")
+        name = names.prefix + names.family.released(key)
+        path = tensors.where(names.tensors["gate.weight"].weight)
+        must = f"be there, in one of its spellings, {why}"
+        raise mistake(path, name, must, f"{len(found)} other tensors")
 
 
-def _experts(
-    checkpoint: Checkpoint, names: LayerNames, num_experts: int, hidden: int
-) -> tuple[tuple[ExpertMatrices, ...], int]:
-    stacked = any(expert is None for expert, _ in names.experts)
-    ids, matrices = ((None,), FUSED) if stacked else (range(num_experts), SEPARATE)
-    wanted = {(expert, matrix) for expert in ids for matrix in matrices}
-    for expert, matrix in sorted(wanted - names.experts.keys(), key=str):
-        stem = f"{names.prefix}experts" + ("" if expert is None else f".{expert}")
-        _raise_missing(names, checkpoint, stem, matrix, names.experts)
-    for key in sorted(names.experts.keys() - wanted, key=str):
-        name = names.experts[key].weight
-        must = f"belong to one of {num_experts} experts, the rows of {names.gate['weight']}"
-        raise mistake(checkpoint.where(name), name, must, f"expert {key[0]}")
-    if stacked:
-        return _stacked_experts(checkpoint, names, num_experts, hidden)
-    experts, intermediate = [], None
-    for expert in range(num_experts):
-        own = {matrix: names.experts[expert, matrix] for matrix in SEPARATE}
-        found, intermediate = _one_expert(checkpoint, own, hidden, intermediate)
-        experts.append(found)
-    if intermediate is None:
-        name = names.gate["weight"]
-        raise mistake(checkpoint.where(name), name, "have a row for each expert", "no row")
-    return tuple(experts), intermediate
-
-
-def _stacked_experts(
-    checkpoint: Checkpoint, names: LayerNames, num_experts: int, hidden: int
-) -> tuple[tuple[ExpertMatrices, ...], int]:
-    down_names, gate_up_names = names.experts[None, "down"], names.experts[None, "gate_up"]
-    down = stored_matrix(checkpoint, down_names, (num_experts, hidden, None))
-    intermediate = down.shape[-1]
-    shape = (num_experts, 2 * intermediate, hidden)
-    gate_up = stored_matrix(checkpoint, gate_up_names, shape)
-    experts = tuple(ExpertMatrices((gate_up,), down, index) for index in range(num_experts))
-    return experts, intermediate
-
-
-def _one_expert(
-    checkpoint: Checkpoint,
-    names: dict[str, MatrixNames],
-    hidden: int,
-    intermediate: int | None = None,
-) -> tuple[ExpertMatrices, int]:
-    down = stored_matrix(checkpoint, names["down"], (hidden, intermediate))
-    gate, up = (
-        stored_matrix(checkpoint, names[matrix], (down.shape[1], hidden))
-        for matrix in ("gate", "up")
-    )
-    return ExpertMatrices((gate, up), down, None), down.shape[1]
-
-
-def _raise_missing(
-    names: LayerNames, checkpoint: Checkpoint, stem: str, matrix: str, present: Mapping
-) -> NoReturn:
-    must = f"have the matrix {matrix!r}, in one of its spellings"
-    found = f"{len(present)} other matrices" if present else "no matrix"
-    raise mistake(checkpoint.where(names.gate["weight"]), stem, must, found)
+def _check_shape(tensors: AbstractTensors, name: str, shape: tuple[int | None, ...]) -> None:
+    found = tensors.entry(name).shape
+    if found != shape:
+        must = f"have the configuration's shape {shape}"
+        raise mistake(tensors.where(name), name, must, found)

@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from .dtypes import DTYPES, FLOAT4, NAMES, PACKED, size_in_bits
+from .dtypes import DTYPES, NAMES, PACKED, size_in_bits, stored_bytes
 from .errors import mistake
 
 _ORDER = {name: position for position, name in enumerate(DTYPES)}
@@ -88,11 +88,8 @@ def _num_bytes(tensor: Lazy) -> int:
 
 
 def _write(file: BinaryIO, path: pathlib.Path, name: str, tensor: Lazy) -> None:
-    array = np.ascontiguousarray(tensor.make())
-    if array.dtype == FLOAT4:
-        codes = array.view(np.uint8).reshape(-1, 2)
-        array = codes[:, 0] & 15 | codes[:, 1] << 4
-    if array.nbytes != _num_bytes(tensor):
+    data = stored_bytes(tensor.make())
+    if data.nbytes != _num_bytes(tensor):
         must = f"be made of {_num_bytes(tensor)} bytes, {tensor.dtype} {list(tensor.shape)}"
-        raise mistake(path, name, must, f"{array.nbytes} bytes")
-    file.write(array.reshape(-1).view(np.uint8).data)
+        raise mistake(path, name, must, f"{data.nbytes} bytes")
+    file.write(data.data)

@@ -1,37 +1,37 @@
 """`save_moe`: a block as the tensors of a released checkpoint."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from .._checks import integer
-from .._experts import Experts
-from .._moe import RoutedAndSharedMoE
-from .._router import HashRouter, TopKRouter
-from .dequantise import FP4_GROUP
+from .._experts.packed import PackedMatrices
+from .._families import DEEPSEEK
+from .._moe import RoutedAndSharedMoE, RoutedMoE
+from .dequantize import FP4_GROUP
 from .dtypes import FLOAT4, SCALE
-from .packed_experts import PackedSwiGLUExperts
-from .quantise import FP8_BLOCK, encode_fp4, encode_fp8
+from .leaves import leaves, to_tensors
+from .quantize import FP8_BLOCK, encode_fp4, encode_fp8
 from .safetensors_writer import Lazy, write_safetensors
-from .state_dict import check_parts
 from .stored_matrix import grid
 
-QUANTISATIONS = (None, "fp8", "fp4")
+_QUANTIZATIONS = (None, "fp8", "fp4")
 
 
 def save_moe(
     path: str | os.PathLike[str],
-    moe: RoutedAndSharedMoE,
+    moe: RoutedMoE | RoutedAndSharedMoE,
     layer_idx: int,
     *,
-    quantisation: str | None = None,
+    quantization: str | None = None,
 ) -> None:
     """Write a layer to a `.safetensors` file, in the names of DeepSeek-V4's releases.
 
-    `load_moe` gives the same block back, bit for bit where nothing is quantised here; so does
-    transformers, where the file is a shard of a model of sizes in whole blocks. Floating-point
+    `load_moe` gives the same block back, bit for bit if nothing is quantized here. So does
+    transformers, if the file is a shard of a model whose sizes are whole blocks. Floating-point
     weights keep their dtype, packed experts stay as they are. One expert is in memory at a time.
 
     **Arguments:**
@@ -40,12 +40,12 @@ def save_moe(
         checkpoint to `load_moe`.
     - `moe`: the layer, of this library's routers and experts.
     - `layer_idx`: from 0; part of the names.
-    - `quantisation`: `None`; `"fp4"`, which stores the experts as DeepSeek-V4 does, FP4 in groups
-        of 32 and the shared expert FP8 in 128x128; or `"fp8"`, which stores both as FP8. The
-        router is never quantised.
+    - `quantization`: `None`, `"fp4"` or `"fp8"`. `"fp4"` stores the experts as DeepSeek-V4 does,
+        FP4 in groups of 32, and the shared expert FP8 in 128x128. `"fp8"` stores both as FP8. The
+        router is never quantized.
 
-    **Raises:** `TypeError` for another kind of layer; `ValueError` for a file name that does not
-    end in `.safetensors`, stacked layers, or numbers that a quantisation cannot hold.
+    **Raises:** `TypeError` for another kind of layer. `ValueError` for a file name that does not
+    end in `.safetensors`, stacked layers, or numbers that a quantization cannot hold.
 
     **Source:** the released `model.safetensors.index.json` of DeepSeek-V4, and its
     `inference/kernel.py` for FP4 and FP8.
@@ -62,84 +62,80 @@ def save_moe(
     layer_idx = integer("layer_idx", layer_idx, 0)
     if not os.fspath(path).endswith(".safetensors"):
         raise ValueError(f"`path` must end in .safetensors. Got {os.fspath(path)!r}.")
-    if quantisation not in QUANTISATIONS:
-        raise ValueError(f"`quantisation` must be one of {QUANTISATIONS}. Got {quantisation!r}.")
-    _check_layer(moe, quantisation)
-    prefix = f"layers.{layer_idx}.ffn."
-    router, experts, shared = moe.routed.router, moe.routed.experts, moe.shared
-    tensors: dict[str, np.ndarray | Lazy] = {f"{prefix}gate.weight": np.asarray(router.gate.weight)}
-    if isinstance(router, HashRouter):
-        tensors[f"{prefix}gate.tid2eid"] = np.asarray(router.table, np.int64)
-    elif isinstance(router, TopKRouter):
-        tensors[f"{prefix}gate.bias"] = np.asarray(router.score_correction_bias, np.float32)
-    stored_shared = None if quantisation is None else "fp8"
-    stem = f"{prefix}shared_experts"
-    tensors |= _three(
-        stem,
-        np.asarray(shared.gate_up).reshape(-1, shared.gate_up.shape[-1]),
-        np.asarray(shared.down),
-        stored_shared,
-    )
-    if isinstance(experts, PackedSwiGLUExperts):
-        tensors |= _packed(f"{prefix}experts", experts)
-    elif isinstance(experts, Experts):
-        gate_up, down = (
-            np.asarray(experts.gate_up).reshape(len(experts.down), -1, experts.gate_up.shape[-1]),
-            np.asarray(experts.down),
-        )
-        for expert in range(len(down)):
-            stem = f"{prefix}experts.{expert}"
-            tensors |= _three(stem, gate_up[expert], down[expert], quantisation)
+    if quantization not in _QUANTIZATIONS:
+        raise ValueError(f"`quantization` must be one of {_QUANTIZATIONS}. Got {quantization!r}.")
+    arrays = {name: where(moe) for name, where in leaves(moe).items()}
+    _check_arrays(arrays, quantization)
+    tensors: dict[str, np.ndarray | Lazy] = {}
+    for name, array in arrays.items():
+        encoding = quantization if name.startswith("experts.") else quantization and "fp8"
+        for key, matrix in _released(name, array):
+            spelled = DEEPSEEK.released_prefix(layer_idx) + DEEPSEEK.released(key)
+            is_router = not key.startswith(("experts.", "shared."))
+            tensors |= _encoded(spelled, matrix, None if is_router else encoding)
     write_safetensors(path, tensors, metadata={"format": "pt"})
 
 
-def _check_layer(moe: RoutedAndSharedMoE, quantisation: str | None) -> None:
-    check_parts(moe, Experts, PackedSwiGLUExperts)
-    if quantisation is not None and isinstance(moe.routed.experts, PackedSwiGLUExperts):
+def _check_arrays(arrays: Mapping[str, Any], quantization: str | None) -> None:
+    if quantization is not None and isinstance(arrays["experts.down"], PackedMatrices):
         raise ValueError(
-            "`quantisation` must be None for packed experts, which are quantised already. "
-            f"Got {quantisation!r}."
+            "`quantization` must be None for packed experts, which are quantized already. "
+            f"Got {quantization!r}."
         )
-    bias = getattr(moe.routed.router, "score_correction_bias", None)
-    if bias is not None and not np.isfinite(np.asarray(bias)).all():
+    if not np.isfinite(np.asarray(arrays.get("selection_bias", 0.0))).all():
         raise ValueError("`moe` must have a finite selection bias. Got NaN or infinity.")
-    if moe.routed.router.gate.weight.ndim != 2:
-        shape = moe.routed.router.gate.weight.shape
+    shape = arrays["gate.weight"].shape
+    if len(shape) != 2:
         raise ValueError(
             f"`moe` must be one layer, with a router of (experts, hidden). Got {shape}."
         )
 
 
-def _three(
-    stem: str, gate_up: np.ndarray, down: np.ndarray, quantisation: str | None
+def _released(name: str, array: Any) -> Iterator[tuple[str, Any]]:
+    """The tensors of an array, experts one by one; of packed ones, the weight and its scales."""
+    if isinstance(array, PackedMatrices):
+        payload, scale = np.asarray(array.payload), np.asarray(array.scale)
+        scale = scale.view(SCALE if scale.dtype == np.uint8 else np.float32)
+        # FP4 has no dtype of its own in the releases: I8, two numbers a byte.
+        number = np.dtype(array.number)
+        payload = payload.view(np.int8 if number == FLOAT4 else number)
+        scales = _one_by_one(name, scale)
+        for (key, weight), (_, rows) in zip(_one_by_one(name, payload), scales, strict=True):
+            yield key, (weight, rows[:: array.block[0]])
+        return
+    for key, tensor in to_tensors(name, np.asarray(array)).items():
+        if key == "selection_bias":
+            tensor = tensor.astype(np.float32)
+        yield from _one_by_one(key, tensor) if key.startswith("experts.") else ((key, tensor),)
+
+
+def _one_by_one(name: str, stack: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    matrices = ("gate", "up") if name.endswith("gate_up") else ("down",)
+    for expert, rows in enumerate(stack):
+        for matrix, part in zip(matrices, np.split(rows, len(matrices)), strict=True):
+            yield f"experts.{expert}.{matrix}", part
+
+
+def _encoded(
+    name: str, matrix: np.ndarray | tuple[np.ndarray, np.ndarray], quantization: str | None
 ) -> dict[str, np.ndarray | Lazy]:
-    """The three matrices of one feed-forward network, (size_out, size_in) each."""
-    gate, up = np.split(gate_up, 2)
-    tensors = {}
-    for name, matrix in (("w1", gate), ("w3", up), ("w2", down.T)):
-        tensors |= _ENCODERS[quantisation](f"{stem}.{name}", matrix)
-    return tensors
-
-
-def _plain(stem: str, matrix: np.ndarray) -> dict[str, np.ndarray]:
-    return {f"{stem}.weight": matrix}
-
-
-def _quantised(
-    dtype: str,
-    block: tuple[int, int],
-    encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    stem: str,
-    matrix: np.ndarray,
-) -> dict[str, Lazy]:
+    """The tensors of a matrix, (size_out, size_in), that is called `name`."""
+    stem = name.removesuffix(".weight")
+    scale_name = stem + DEEPSEEK.scale_endings[0]
+    if isinstance(matrix, tuple):
+        return dict(zip((name, scale_name), matrix, strict=True))
+    if quantization is None:
+        return {name: matrix}
     size_out, size_in = matrix.shape
-    if dtype == "I8":
+    if quantization == "fp4":
         if size_in % FP4_GROUP:
             raise ValueError(
                 f"`moe` must have sizes in whole groups of {FP4_GROUP} for FP4. "
                 f"Got {stem}, {matrix.shape}."
             )
-        size_in //= 2
+        dtype, block, encode, size_in = "I8", (1, FP4_GROUP), encode_fp4, size_in // 2
+    else:
+        dtype, block, encode = "F8_E4M3", FP8_BLOCK, encode_fp8
 
     def encoded(which: int) -> np.ndarray:
         try:
@@ -148,33 +144,6 @@ def _quantised(
             raise ValueError(f"{stem}: {error}") from error
 
     return {
-        f"{stem}.weight": Lazy(dtype, (size_out, size_in), partial(encoded, 0)),
-        f"{stem}.scale": Lazy("F8_E8M0", grid(matrix.shape, block), partial(encoded, 1)),
+        name: Lazy(dtype, (size_out, size_in), partial(encoded, 0)),
+        scale_name: Lazy("F8_E8M0", grid(matrix.shape, block), partial(encoded, 1)),
     }
-
-
-_ENCODERS: dict[str | None, Callable[[str, np.ndarray], Mapping[str, np.ndarray | Lazy]]] = {
-    None: _plain,
-    "fp8": partial(_quantised, "F8_E4M3", FP8_BLOCK, encode_fp8),
-    "fp4": partial(_quantised, "I8", (1, FP4_GROUP), encode_fp4),
-}
-
-
-def _packed(stem: str, experts: PackedSwiGLUExperts) -> dict[str, np.ndarray]:
-    tensors = {}
-    intermediate = experts.down.size_in
-    halves = (("w1", slice(0, intermediate)), ("w3", slice(intermediate, None)))
-    for matrices, parts in ((experts.gate_up, halves), (experts.down, (("w2", slice(None)),))):
-        payload, scale = np.asarray(matrices.payload), np.asarray(matrices.scale)
-        scale = scale.view(SCALE if scale.dtype == np.uint8 else np.float32)
-        # FP4 has no dtype of its own in the releases: I8, two numbers a byte.
-        number = np.dtype(matrices.number)
-        payload = payload.view(np.int8 if number == FLOAT4 else number)
-        for name, rows in parts:
-            for expert in range(len(payload)):
-                own = {
-                    "weight": payload[expert, rows],
-                    "scale": scale[expert, rows][:: matrices.block[0]],
-                }
-                tensors |= {f"{stem}.{expert}.{name}.{end}": own[end] for end in own}
-    return tensors

@@ -1,7 +1,7 @@
-"""A weight as it lies in a file: what it is, told from its dtype and geometry alone.
+"""A weight as it lies in a file: its dtype and geometry say what it is.
 
-The configuration is never asked: it lies about dtypes in files that were saved anew, and says
-nothing about those of scales.
+The configuration is never asked. A `config.json` often keeps the dtype from before a checkpoint
+was saved anew, and it never states the dtype of the scales.
 """
 
 import pathlib
@@ -11,82 +11,91 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from .dequantise import FP4_GROUP, decode_blocks, decode_fp4
+from .dequantize import FP4_GROUP, decode_blocks, decode_fp4
 from .dtypes import PACKED
 from .errors import mistake
-from .index import Checkpoint
-from .names import MatrixNames
+from .index import AbstractTensors
 
 BLOCKS = ((128, 128), (32, 32), (1, 32))  # V3 and V4, V4.1, MXFP8
 FLOATS = ("F64", "F32", "F16", "BF16")
-_SCALES = ("F8_E8M0", "U8", "F32")
-_BYTES = ("F8_E4M3", "F8_E5M2")
 FP4_TYPES = ("I8", "U8", PACKED)
+_KNOWN = (*FLOATS, "F8_E4M3", "F8_E5M2", *FP4_TYPES)
+_SCALES = ("F8_E8M0", "U8", "F32")
 _E8M0_NAN = 255
 _SMALLEST_RANGE = 1e38  # of the dtypes that hold whatever was stored: not of float16
 STRIP = 128  # rows decoded at once: a multiple of every block's, and they stay in the cache
 
 
+class MatrixNames(NamedTuple):
+    """The tensor of a matrix and, if it has one, that of its scales."""
+
+    weight: str
+    scale: str | None
+
+
 class StoredMatrix(NamedTuple):
-    """One matrix (size_out, size_in), or a stack of them, in a checkpoint.
+    """One matrix (size_out, size_in) in a checkpoint, or a stack of them.
 
     `shape` counts numbers, not bytes. `format` is `"float"`, `"fp4"`, or the file's name of an
-    8-bit type; `block` the rows and columns that share a scale, None without scales.
+    8-bit type. `block` is the rows and columns that share a scale, None without scales. `index`
+    is the place of one matrix in its stack. Only a single matrix can be read.
     """
 
-    checkpoint: Checkpoint
+    tensors: AbstractTensors
     names: MatrixNames
     format: str
     shape: tuple[int, ...]
     block: tuple[int, int] | None
+    index: int | None = None
 
     @property
     def path(self) -> pathlib.Path:
         """The file that holds the weight."""
-        return self.checkpoint.where(self.names.weight)
+        return self.tensors.where(self.names.weight)
 
-    def payload(self, expert: int | None = None) -> np.ndarray:
-        """The weight as stored, memory-mapped: packed FP4 as bytes, (..., size_in / 2). `expert`
-        picks one of a stack."""
-        checkpoint, name = self.checkpoint, self.names.weight
-        if self.format != "fp4":
-            array = checkpoint.read(name)
+    def of_stack(self, index: int) -> "StoredMatrix":
+        """One matrix of a stack."""
+        return self._replace(shape=self.shape[1:], index=index)
+
+    def payload(self) -> np.ndarray:
+        """The weight as stored, memory-mapped: packed FP4 as bytes, (size_out, size_in / 2)."""
+        rows, columns = self.shape
+        if self.format == "fp4":
+            array, columns = self.tensors.raw(self.names.weight), columns // 2
         else:
-            array = checkpoint.raw(name).reshape(*self.shape[:-1], self.shape[-1] // 2)
-        return array if expert is None else array[expert]
+            array = self.tensors.read(self.names.weight)
+        return array.reshape(-1, rows, columns)[self.index or 0]
 
-    def scale(self, expert: int | None = None) -> np.ndarray | None:
+    def scale(self) -> np.ndarray | None:
         """The scales, E8M0 as their raw bytes.
 
-        **Raises:** `ValueError` for one that is not a number."""
+        **Raises:** `ValueError` for a scale that is not a number."""
         name = self.names.scale
         if name is None:
             return None
-        array = self.checkpoint.read(name)
-        array = array if expert is None else array[expert]
+        array = self.tensors.read(name)
+        array = array if self.index is None else array[self.index]
         if array.dtype == np.float32:
             if not np.isfinite(array).all():
-                raise mistake(self.checkpoint.where(name), name, "be finite", "NaN or infinity")
+                raise mistake(self.tensors.where(name), name, "be finite", "NaN or infinity")
             return array
         array = array.view(np.uint8)
         if (array == _E8M0_NAN).any():
             place = [int(axis) for axis in np.argwhere(array == _E8M0_NAN)[0]]
             found = f"byte 255, NaN, at {place}"
-            raise mistake(self.checkpoint.where(name), name, "hold E8M0 bytes up to 254", found)
+            raise mistake(self.tensors.where(name), name, "hold E8M0 bytes up to 254", found)
         return array
 
-    def decoded(
-        self, dtype: np.dtype, expert: int | None = None
-    ) -> Iterator[tuple[slice, np.ndarray]]:
-        """The numbers in `dtype`, some rows at a time: which rows, and those (rows, size_in).
+    def decoded(self, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
+        """The numbers in `dtype`, some rows at a time: which rows, and their numbers.
 
-        **Raises:** `ValueError` for numbers that `dtype` cannot hold: those of a narrower one than
-        float32, and stored ones that become infinite."""
-        payload, scale = self.payload(expert), self.scale(expert)
+        **Raises:** `ValueError` for numbers that `dtype` cannot hold. A dtype as wide as float32
+        holds all, except stored numbers that become infinite in it."""
+        payload, scale = self.payload(), self.scale()
         narrow = float(jnp.finfo(dtype).max) < _SMALLEST_RANGE
         narrow |= payload.dtype == np.float64 and np.dtype(dtype) != np.float64
-        for start in range(0, payload.shape[-2], STRIP):
-            rows = slice(start, min(start + STRIP, payload.shape[-2]))
+        for start in range(0, payload.shape[0], STRIP):
+            rows = slice(start, min(start + STRIP, payload.shape[0]))
             numbers = self._decoded_rows(payload, scale, rows, dtype)
             if narrow and np.isinf(numbers).any():
                 found = f"numbers beyond {float(jnp.finfo(dtype).max):g}"
@@ -107,46 +116,42 @@ class StoredMatrix(NamedTuple):
 
 
 def stored_matrix(
-    checkpoint: Checkpoint, names: MatrixNames, shape: tuple[int | None, ...]
+    tensors: AbstractTensors, names: MatrixNames, shape: tuple[int, ...]
 ) -> StoredMatrix:
-    """The matrix called `names`, which must have `shape` in numbers; None matches any size.
+    """The matrix called `names`, which must have the configuration's `shape` in numbers.
 
     **Raises:** `ValueError` naming file and tensor: another shape, a missing scale, a payload or
     scale of another kind than the library decodes, scales that do not tile the matrix.
     """
-    path, entry = checkpoint.where(names.weight), checkpoint.entry(names.weight)
+    path, entry = tensors.where(names.weight), tensors.entry(names.weight)
     kind, found = entry.dtype, entry.shape
-    is_fp4 = kind in FP4_TYPES
-    if is_fp4 and kind != PACKED and found:
+    if kind not in _KNOWN:
+        raise mistake(path, names.weight, f"have a dtype among {', '.join(_KNOWN)}", kind)
+    if kind in FP4_TYPES and kind != PACKED and found:
         found = (*found[:-1], 2 * found[-1])
-    known = (*FLOATS, *_BYTES, *FP4_TYPES)
-    if kind not in known:
-        raise mistake(path, names.weight, f"have a dtype among {', '.join(known)}", kind)
-    fits = len(found) == len(shape)
-    if not fits or any(want not in (None, got) for want, got in zip(shape, found, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        got = f"({', '.join(map(str, found))}), {kind} {list(entry.shape)} in the file"
-        raise mistake(path, names.weight, f"have shape ({wanted})", got)
+    if found != shape:
+        got = f"{found}, {kind} {list(entry.shape)} in the file"
+        raise mistake(path, names.weight, f"have the configuration's shape {shape}", got)
     if names.scale is None:
         if kind not in FLOATS:
             raise mistake(path, names.weight, "have a scale beside it", f"{kind} and no scale")
-        return StoredMatrix(checkpoint, names, "float", found, None)
-    name = "fp4" if is_fp4 else "float" if kind in FLOATS else kind
-    block = _block(checkpoint, names.weight, names.scale, name, found)
-    return StoredMatrix(checkpoint, names, name, found, block)
+        return StoredMatrix(tensors, names, "float", shape, None)
+    name = "fp4" if kind in FP4_TYPES else "float" if kind in FLOATS else kind
+    block = _block(tensors, names.weight, names.scale, name, shape)
+    return StoredMatrix(tensors, names, name, shape, block)
 
 
 def _block(
-    checkpoint: Checkpoint, weight: str, scale: str, name: str, shape: tuple[int, ...]
+    tensors: AbstractTensors, weight: str, scale: str, name: str, shape: tuple[int, ...]
 ) -> tuple[int, int]:
-    """The rows and columns that share a scale, from the shapes of both."""
-    path, entry = checkpoint.where(scale), checkpoint.entry(scale)
+    """The rows and columns that share a scale, from the shapes of weight and scale."""
+    path, entry = tensors.where(scale), tensors.entry(scale)
     if entry.dtype not in _SCALES:
         raise mistake(path, scale, f"have a dtype among {', '.join(_SCALES)}", entry.dtype)
-    blocks = ((1, FP4_GROUP),) if name == "fp4" else BLOCKS
     if name == "fp4" and shape[-1] % FP4_GROUP:
         must = f"have a last axis of whole groups of {FP4_GROUP}"
-        raise mistake(checkpoint.where(weight), weight, must, shape)
+        raise mistake(tensors.where(weight), weight, must, shape)
+    blocks = ((1, FP4_GROUP),) if name == "fp4" else BLOCKS
     grids = {block: grid(shape, block) for block in blocks}
     for block, wanted in grids.items():
         if entry.shape == wanted:
@@ -158,6 +163,6 @@ def _block(
 
 
 def grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """The shape of the scales of `shape`, one for each block, the last ones cut off."""
+    """The shape of the scales of `shape`, one for each block, the last blocks cut off."""
     *lead, size_out, size_in = shape
     return (*lead, -(-size_out // block[0]), -(-size_in // block[1]))

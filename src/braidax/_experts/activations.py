@@ -18,8 +18,8 @@ class _SwiGLU:
     limit: float | None
 
     def __call__(
-        self, gate: Float[Array, "*rows intermediate"], up: Float[Array, "*rows intermediate"]
-    ) -> Float[Array, "*rows intermediate"]:
+        self, gate: Float[Array, "*batch"], up: Float[Array, "*batch"]
+    ) -> Float[Array, "*batch"]:
         # Selects instead of `jnp.minimum` and `jnp.clip`: their derivative exactly at the limit is
         # one half, the reference's is 1. A gate of -inf gives 0, as the limit of silu does.
         gate = jnp.where(gate < _LOWEST_GATE, _LOWEST_GATE, gate)

@@ -6,7 +6,7 @@ from .plots import plot_coactivation as plot_coactivation
 from .plots import plot_load as plot_load
 from .plots import plot_token_experts as plot_token_experts
 from .plots import plot_weights as plot_weights
-from .report import report as report
-from .report_record import Report as Report
-from .summary import Summary as Summary
-from .summary import summary as summary
+from .records import Report as Report
+from .reports import report as report
+from .summaries import Summary as Summary
+from .summaries import summary as summary

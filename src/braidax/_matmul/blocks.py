@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from .base import AbstractGroupedMatmul
 from .block_loop import Window, dot, loop_over_blocks
@@ -35,152 +35,95 @@ class Blocks(AbstractGroupedMatmul):
 
     clears_empty_groups: ClassVar[bool] = True
 
+    # Jitted: compiled once for each shape, also when a product is called outside of `jax.jit`.
+
+    @partial(jax.jit, static_argnames=("self", "transposed", "out_dtype"))
     def multiply(self, rows, weight, group_sizes, *, transposed, out_dtype):
         """As `AbstractGroupedMatmul.multiply`."""
-        return _multiply(rows, weight, group_sizes, transposed, out_dtype)
+        size_out = weight.shape[1 if transposed else 2]
+        dtype = accumulation_dtype(rows, weight)
+        output = jax.lax.full_like(rows, 0, dtype, (rows.shape[0], size_out))
 
+        def compute(window: Window, matrix: Array, outputs: tuple[Array, ...]):
+            return (dot(window.take(rows, dtype), matrix, 1, 1 if transposed else 0),), ()
+
+        read = partial(of_group, weight, dtype=dtype)
+        outputs, _ = loop_over_blocks(group_sizes, (output,), (), read, compute)
+        return outputs[0].astype(out_dtype)
+
+    @partial(jax.jit, static_argnames=("self", "out_dtype"))
     def outer(self, left, right, group_sizes, *, out_dtype):
         """As `AbstractGroupedMatmul.outer`."""
-        return _outer(left, right, group_sizes, out_dtype)
+        dtype = accumulation_dtype(left, right)
+        shape = (group_sizes.shape[0], left.shape[1], right.shape[1])
+        sums = (jax.lax.full_like(left, 0, dtype, shape),)
 
+        def compute(window: Window, nothing: None, outputs: tuple[Array, ...]):
+            taken = (window.take_live(rows).astype(dtype) for rows in (left, right))
+            return (), (dot(*taken, 0, 0),)
+
+        _, sums = loop_over_blocks(
+            group_sizes, (), sums, lambda group: None, compute, num_rows=left.shape[0]
+        )
+        return sums[0].astype(out_dtype)
+
+    @partial(jax.jit, static_argnames=("self", "activation"))
     def forward(self, rows, weights, group_sizes, activation):
         """As `AbstractGroupedMatmul.forward`."""
-        return _forward(rows, weights, group_sizes, activation)
+        num_rows, num_groups = rows.shape[0], weights.up.shape[0]
+        if are_single_rows(num_rows, num_groups):
+            return forward_single_rows(rows, weights, group_sizes, activation)
+        size = tile_size(num_rows, num_groups)
+        if size is not None:
+            return forward_few_rows(rows, weights, group_sizes, activation, size)
 
+        def compute(window: Window, matrices: FeedForwardWeights, outputs: tuple[Array, ...]):
+            # Nobody needs the rows any more: a block's are replaced by its outputs, in place.
+            block = window.take(outputs[0], outputs[0].dtype)
+            return (_through(block, matrices, activation)[0],), ()
+
+        read, dtype = _reader(rows, weights)
+        outputs, _ = loop_over_blocks(group_sizes, (rows.astype(dtype),), (), read, compute)
+        return outputs[0]
+
+    @partial(jax.jit, static_argnames=("self", "activation"))
     def forward_saving(self, rows, weights, group_sizes, activation):
         """As `AbstractGroupedMatmul.forward_saving`."""
-        return _forward_saving(rows, weights, group_sizes, activation)
+        read, dtype = _reader(rows, weights)
+        sizes = (weights.down.shape[2], weights.up.shape[1])
+        outputs = tuple(jax.lax.full_like(rows, 0, dtype, (rows.shape[0], size)) for size in sizes)
 
+        def compute(window: Window, matrices: FeedForwardWeights, outputs: tuple[Array, ...]):
+            return _through(window.take(rows, dtype), matrices, activation), ()
+
+        return loop_over_blocks(group_sizes, outputs, (), read, compute)[0]
+
+    @partial(jax.jit, static_argnames=("self", "activation"))
     def backward(self, rows, weights, group_sizes, before, cotangent, activation):
         """As `AbstractGroupedMatmul.backward`."""
-        return _backward(rows, weights, group_sizes, before, cotangent, activation)
+        read, dtype = _reader(rows, weights)
+        narrow = jnp.result_type(rows, weights.up)
+        present, tree = jax.tree.flatten(weights)
+        sums = tuple(jax.lax.full_like(rows, 0, dtype, weight.shape) for weight in present)
 
+        def compute(window: Window, matrices: FeedForwardWeights, outputs: tuple[Array, ...]):
+            # A block's cotangent is replaced by that of its rows, in place.
+            block, pre, back = map(window.take_live, (rows, before, outputs[0]))
+            activations, pullback = jax.vjp(partial(activate, activation), pre)
+            (inner,) = pullback(dot(back, matrices.down, 1, 1))
+            inner = inner.astype(narrow).astype(dtype)
+            terms = FeedForwardWeights(
+                dot(inner, block.astype(dtype), 0, 0),
+                dot(activations, back, 0, 0),
+                None if weights.up_bias is None else inner.sum(axis=0),
+                None if weights.down_bias is None else back.sum(axis=0),
+            )
+            return (dot(inner, matrices.up, 1, 0),), tuple(jax.tree.leaves(terms))
 
-# Jitted: compiled once for each shape, also when a product is called outside of `jax.jit`.
-
-
-@partial(jax.jit, static_argnums=(3, 4))
-def _multiply(
-    rows: Float[Array, "rows size_in"],
-    weight: Float[Array, "groups a b"],
-    group_sizes: Int[Array, " groups"],
-    transposed: bool,
-    out_dtype: jnp.dtype,
-) -> Float[Array, "rows size_out"]:
-    size_out = weight.shape[1 if transposed else 2]
-    dtype = accumulation_dtype(rows, weight)
-    output = jax.lax.full_like(rows, 0, dtype, (rows.shape[0], size_out))
-
-    def compute(window: Window, matrix: Array, outputs: tuple[Array, ...]):
-        return (dot(window.take(rows, dtype), matrix, 1, 1 if transposed else 0),), ()
-
-    outputs, _ = loop_over_blocks(
-        group_sizes, (output,), (), lambda group: of_group(weight, group, dtype), compute
-    )
-    return outputs[0].astype(out_dtype)
-
-
-@partial(jax.jit, static_argnums=3)
-def _outer(
-    left: Float[Array, "rows a"],
-    right: Float[Array, "rows b"],
-    group_sizes: Int[Array, " groups"],
-    out_dtype: jnp.dtype,
-) -> Float[Array, "groups a b"]:
-    dtype = accumulation_dtype(left, right)
-    shape = (group_sizes.shape[0], left.shape[1], right.shape[1])
-    sums = jax.lax.full_like(left, 0, dtype, shape)
-
-    def compute(window: Window, nothing: None, outputs: tuple[Array, ...]):
-        taken = (window.take_live(rows).astype(dtype) for rows in (left, right))
-        return (), (dot(*taken, 0, 0),)
-
-    _, sums = loop_over_blocks(
-        group_sizes, (), (sums,), lambda group: None, compute, num_rows=left.shape[0]
-    )
-    return sums[0].astype(out_dtype)
-
-
-@partial(jax.jit, static_argnums=3)
-def _forward(
-    rows: Float[Array, "rows hidden"],
-    weights: FeedForwardWeights,
-    group_sizes: Int[Array, " groups"],
-    activation: Activation,
-) -> Float[Array, "rows hidden"]:
-    num_rows, num_groups = rows.shape[0], weights.up.shape[0]
-    if are_single_rows(num_rows, num_groups):
-        return forward_single_rows(rows, weights, group_sizes, activation)
-    size = tile_size(num_rows, num_groups)
-    if size is not None:
-        return forward_few_rows(rows, weights, group_sizes, activation, size)
-
-    def compute(window: Window, matrices: FeedForwardWeights, outputs: tuple[Array, ...]):
-        # Nobody needs the rows any more: a block's are replaced by what comes of them, in place.
-        (rows,) = outputs
-        return (_through(window.take(rows, rows.dtype), matrices, activation)[0],), ()
-
-    dtype = _dtype(rows, weights)
-    read = partial(_of_group, weights, dtype)
-    outputs, _ = loop_over_blocks(group_sizes, (rows.astype(dtype),), (), read, compute)
-    return outputs[0]
-
-
-@partial(jax.jit, static_argnums=3)
-def _forward_saving(
-    rows: Float[Array, "rows hidden"],
-    weights: FeedForwardWeights,
-    group_sizes: Int[Array, " groups"],
-    activation: Activation,
-) -> tuple[Float[Array, "rows hidden"], Float[Array, "rows up"]]:
-    dtype = _dtype(rows, weights)
-    sizes = (weights.down.shape[2], weights.up.shape[1])
-    outputs = tuple(jax.lax.full_like(rows, 0, dtype, (rows.shape[0], size)) for size in sizes)
-
-    def compute(window: Window, matrices: FeedForwardWeights, outputs: tuple[Array, ...]):
-        return _through(window.take(rows, dtype), matrices, activation), ()
-
-    read = partial(_of_group, weights, dtype)
-    outputs, _ = loop_over_blocks(group_sizes, outputs, (), read, compute)
-    return outputs[0], outputs[1]
-
-
-@partial(jax.jit, static_argnums=5)
-def _backward(
-    rows: Float[Array, "rows hidden"],
-    weights: FeedForwardWeights,
-    group_sizes: Int[Array, " groups"],
-    before: Float[Array, "rows up"],
-    cotangent: Float[Array, "rows hidden"],
-    activation: Activation,
-) -> tuple[Float[Array, "rows hidden"], FeedForwardWeights]:
-    dtype = _dtype(rows, weights)
-    narrow = jnp.result_type(rows, weights.up)
-    present = [weight for weight in weights if weight is not None]
-    sums = tuple(jax.lax.full_like(rows, 0, dtype, weight.shape) for weight in present)
-
-    def compute(window: Window, matrices: FeedForwardWeights, outputs: tuple[Array, ...]):
-        # A block's cotangent is replaced by what comes of it, in place.
-        (cotangent,) = outputs
-        block, pre, back = map(window.take_live, (rows, before, cotangent))
-        block = block.astype(dtype)
-        activations, pullback = jax.vjp(partial(activate, activation), pre)
-        (inner,) = pullback(dot(back, matrices.down, 1, 1))
-        inner = inner.astype(narrow).astype(dtype)
-        products = (dot(inner, block, 0, 0), dot(activations, back, 0, 0))
-        if weights.up_bias is not None:
-            products += (inner.sum(axis=0),)
-        if weights.down_bias is not None:
-            products += (back.sum(axis=0),)
-        return (dot(inner, matrices.up, 1, 0),), products
-
-    read = partial(_of_group, weights, dtype)
-    outputs, sums = loop_over_blocks(group_sizes, (cotangent.astype(dtype),), sums, read, compute)
-    totals = iter(sums)
-    cotangents = (
-        None if weight is None else next(totals).astype(weight.dtype) for weight in weights
-    )
-    return outputs[0].astype(rows.dtype), FeedForwardWeights(*cotangents)
+        outputs = (cotangent.astype(dtype),)
+        outputs, sums = loop_over_blocks(group_sizes, outputs, sums, read, compute)
+        sums = [total.astype(weight.dtype) for total, weight in zip(sums, present, strict=True)]
+        return outputs[0].astype(rows.dtype), tree.unflatten(sums)
 
 
 def _through(block: Array, matrices: FeedForwardWeights, activation: Activation):
@@ -194,16 +137,17 @@ def _through(block: Array, matrices: FeedForwardWeights, activation: Activation)
     return output, before
 
 
-def _dtype(rows: Array, weights: FeedForwardWeights) -> jnp.dtype:
-    return accumulation_dtype(rows, weights.up, weights.down)
+def _reader(rows: Array, weights: FeedForwardWeights):
+    """What reads one group's matrices `(a, b)` and biases `(1, size)`, and their dtype: float32,
+    or that of the widest operand."""
+    dtype = accumulation_dtype(rows, weights.up, weights.down)
 
+    def read(group: Array) -> FeedForwardWeights:
+        biases = (
+            None if bias is None else bias[group][None].astype(dtype)
+            for bias in (weights.up_bias, weights.down_bias)
+        )
+        matrices = (of_group(stack, group, dtype) for stack in (weights.up, weights.down))
+        return FeedForwardWeights(*matrices, *biases)
 
-def _of_group(weights: FeedForwardWeights, dtype: jnp.dtype, group: Array) -> FeedForwardWeights:
-    """One group's matrices, `(a, b)`, and biases, `(1, size)`, widened to `dtype`."""
-    biases = (
-        None if bias is None else bias[group][None].astype(dtype)
-        for bias in (weights.up_bias, weights.down_bias)
-    )
-    return FeedForwardWeights(
-        of_group(weights.up, group, dtype), of_group(weights.down, group, dtype), *biases
-    )
+    return read, dtype

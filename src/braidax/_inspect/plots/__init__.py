@@ -1,10 +1,10 @@
-"""Pictures of routing: one function a file. matplotlib is imported when a plot is drawn."""
+"""Pictures of routing. Matplotlib is imported when a plot is drawn."""
 
 from .axes import COLOURS as COLOURS
 from .axes import require_matplotlib as require_matplotlib
-from .balance import plot_balance as plot_balance
-from .bias import plot_bias as plot_bias
-from .coactivation import plot_coactivation as plot_coactivation
-from .load import plot_load as plot_load
+from .curves import plot_balance as plot_balance
+from .curves import plot_bias as plot_bias
+from .heat_maps import plot_coactivation as plot_coactivation
+from .heat_maps import plot_load as plot_load
 from .token_experts import plot_token_experts as plot_token_experts
 from .weights import plot_weights as plot_weights

@@ -1,14 +1,17 @@
-"""What the plots share: matplotlib, new axes, and colours that every eye and style can read."""
+"""Axes and colours that every plot shares, and the routings that plots are given."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-# Okabe and Ito's palette, told apart with every common colour blindness. Its black is left to the
-# style: see `line_colours`.
+from ..._routing import Routing
+from ..assignments import Assignments, read_layers
+
+# Okabe and Ito's palette, which people with any common colour blindness can tell apart. Its black
+# is missing: the style decides between black and white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-# Cells without a value. Neither end of a map, and visible on black and on white.
+# The colour of cells without a value. It is in no colour map, and visible on black and on white.
 NO_VALUE = "#8C8C8C"
 
 
@@ -21,92 +24,59 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def new_axes(width: float, height: float) -> Any:
-    # A Figure of its own, not pyplot's: nothing global is created, shown or leaked.
+def given_or_new(ax: Any, width: float, height: float) -> Any:
+    """`ax`, or the axes of a new figure, which pyplot does not know: nothing is shown or leaked."""
     from matplotlib.figure import Figure
 
+    if ax is not None:
+        return ax
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
 def foreground(ax: Any) -> Any:
-    """The colour in which the style of `ax` writes: black on white, white on black."""
+    """The colour of the style for text: black on white, white on black."""
     return ax.xaxis.label.get_color()
 
 
 def is_light(colour: Any) -> bool:
-    """Whether black text is the one to read on `colour`."""
+    """Whether black text can be read better on `colour` than white text."""
     from matplotlib.colors import to_rgb
 
-    # Rec. 709 luminance; 0.45 of the encoded value is where both contrasts are about equal.
+    # Both contrasts are about equal at 0.45 of the encoded value of Rec. 709 luminance.
     return float(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722))) > 0.45
 
 
-def line_colours(ax: Any) -> tuple[Any, ...]:
-    return (*COLOURS, foreground(ax))
-
-
-def line_scale(ax: Any, names: Sequence[str], label: str) -> Any:
-    """Colours for many lines, first to last, with the colour bar that explains them."""
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
-
-    # The end of the map that the background would swallow is left out.
-    first, last = (0.35, 1.0) if is_light(foreground(ax)) else (0.0, 0.85)
-    colours = ListedColormap(colormaps["cividis"](np.linspace(first, last, 256)))
-    norm = Normalize(0, len(names) - 1)
-    bar = ax.figure.colorbar(ScalarMappable(norm, colours), ax=ax, label=label)
-    shown = np.unique(np.linspace(0, len(names) - 1, min(len(names), 8)).round().astype(int))
-    bar.set_ticks(list(shown), labels=[names[i] for i in shown])
-    return colours(norm(np.arange(len(names))))
-
-
-def draw_lines(ax: Any, x: Any, y: Any, names: Sequence[str], label: str, reference: str) -> None:
-    """A line for each column of `y` and a dashed one at 0, called `reference`.
-
-    Up to seven lines get a legend, more get a colour scale; `label` says what they are.
-    """
-    from matplotlib.patheffects import withStroke
-
-    many = len(names) > len(line_colours(ax))
-    colours = line_scale(ax, names, label) if many else line_colours(ax)
-    marker = "o" if len(x) < 2 else None  # one point draws no line
-    width = 0.8 if len(names) > 64 else 1.5
-    for column, name in enumerate(names):
-        # Stacked in a scattered order: of many lines no end of the scale covers the other.
-        height = 2 + column * 0.618 % 1 / 2 if many else 2
-        style = {"color": colours[column], "marker": marker, "linewidth": width, "zorder": height}
-        ax.plot(x, y[:, column], label=name, **style)
-    outline = [withStroke(linewidth=3, foreground=ax.get_facecolor())] if many else None
-    style = {"color": foreground(ax), "linestyle": "--", "linewidth": 1.2, "zorder": 3}
-    ax.axhline(0.0, label=reference, path_effects=outline, **style)
-    ax.autoscale_view()  # keeps the line at 0 off the frame
-    inches = ax.bbox.width / ax.figure.dpi
-    integer_ticks(ax.xaxis, min(8, max(2, int(1.5 * inches))))  # a step may have six digits
-    if not many:
-        ax.legend(
-            title=label,
-            frameon=False,
-            loc="upper left",
-            bbox_to_anchor=(1.0, 1.0),
-            labelcolor=foreground(ax),
-        )
-
-
-def centred_ticks(centre: float, last: float) -> list[float]:
-    """0, half of `centre`, `centre`, and round values above it that leave room for its label."""
-    from matplotlib.ticker import MaxNLocator
-
-    above = MaxNLocator(nbins=4, steps=[1, 2, 5, 10]).tick_values(centre, last)
-    room = 0.15 * (last - centre)
-    return [0.0, centre / 2, centre, *(float(t) for t in above if centre + room < t <= last)]
-
-
 def integer_ticks(axis: Any, count: int) -> None:
+    """At most `count` ticks, at integers."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(nbins=count, integer=True, min_n_ticks=1))
 
 
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def read_routing(routing: Any) -> Assignments:
+    """The tokens of a Routing in reading order. Raises `TypeError` for anything else."""
+    if not isinstance(routing, Routing):
+        raise TypeError(f"`routing` must be a Routing. Got {type(routing).__name__}.")
+    return read_layers("routing", routing)[0]
+
+
+def read_routings(routing: Any) -> list[Assignments]:
+    """The tokens of one Routing, or of a sequence of them from the same layer, without padding.
+
+    Raises `ValueError` without a token and for routings that differ in their number of experts or
+    of experts per token.
+    """
+    several = isinstance(routing, Sequence) and not isinstance(routing, str | bytes)
+    parts = [read_routing(item) for item in (routing if several else [routing])]
+    sizes = sorted({(part.num_experts, part.indices.shape[1]) for part in parts})
+    if len(sizes) > 1:
+        raise ValueError(
+            "`routing` must hold routings of one layer, alike in (experts, experts per token). "
+            f"Got {sizes}."
+        )
+    if not any(part.mask.any() for part in parts):
+        padding = sum(part.mask.size for part in parts)
+        raise ValueError(
+            f"`routing` must hold a token that is not padding. Got {padding} tokens, all padding."
+        )
+    return [part.unmasked() for part in parts]

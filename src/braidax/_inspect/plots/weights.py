@@ -1,41 +1,32 @@
-"""How much of the output each selected expert carries."""
+"""Box plots of the routing weights, which show how much each selected expert contributes."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float64
 
 from ..._routing import Routing
-from .axes import (
-    COLOURS,
-    counted,
-    foreground,
-    is_light,
-    new_axes,
-    require_matplotlib,
-)
-from .inputs import one_layer
+from ..._text import counted
+from .axes import COLOURS, foreground, given_or_new, is_light, read_routings, require_matplotlib
 
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+# Whiskers end at 5 % and 95 %.
+_QUANTILES = {"whislo": 0.05, "q1": 0.25, "med": 0.5, "q3": 0.75, "whishi": 0.95}
 
 
 def plot_weights(routing: Routing | Sequence[Routing], *, ax: Any = None) -> Any:
     """Box plot of the routing weights by rank: rank 1 is each token's largest weight.
 
-    Boxes end at the quartiles, whiskers at 5 % and 95 %; the line inside is the median. Where every
+    Boxes end at the quartiles, whiskers at 5 % and 95 %; the line inside is the median. If every
     token's weights have the same sum, a dashed line marks equal shares, `sum / experts_per_token`.
-    Padding is not counted. Tokens with a weight that is not finite are left out, and the title
-    says how many.
+    Padding and nobody are not counted. Tokens with a weight that is not finite are left out, and
+    the title says how many.
 
     **Arguments:**
 
     - `routing`: one `Routing`, with any leading axes, or a sequence of them from the same layer,
       counted together.
-    - `ax`: the `Axes` to draw in; by default those of a new figure, `ax.figure`. pyplot is never
-      touched.
-
-    **Returns:** the `Axes`.
+    - `ax`: the `Axes` to draw in and to return; by default those of a new figure without pyplot.
 
     **Example:**
 
@@ -49,58 +40,56 @@ def plot_weights(routing: Routing | Sequence[Routing], *, ax: Any = None) -> Any
     `ValueError` for routings that differ in size and for none but padding or NaN weights.
     """
     require_matplotlib()
-    weights = one_layer(routing).weights
-    finite = np.isfinite(weights).all(axis=1)
+    parts = read_routings(routing)
+    somebody = np.concatenate([part.indices < part.num_experts for part in parts])
+    weights = np.concatenate([part.weights for part in parts]).astype(np.float64)
+    finite = (np.isfinite(weights) | ~somebody).all(axis=1)
     left_out = int((~finite).sum())
-    if left_out == len(weights):
+    used = finite & somebody.any(axis=1)
+    if not used.any():
         raise ValueError(
             "`routing` must hold a token with finite weights. "
-            f"Got {left_out} tokens, none of them with."
+            f"Got {len(weights)} tokens, none of them with."
         )
-    weights = weights[finite]
-    experts_per_token = weights.shape[1]
-    ranked = -np.sort(-weights, axis=1)
-    if ax is None:
-        ax = new_axes(min(12.0, max(5.0, 2.5 + 0.6 * experts_per_token)), 4.0)
-    _draw_boxes(ax, ranked)
-    _draw_equal_shares(ax, weights.sum(axis=1), experts_per_token)
+    # Nobody is NaN, which comes last. Ranks that no token has are not drawn.
+    weights = -np.sort(np.where(somebody, -weights, np.nan)[used], axis=1)
+    weights = weights[:, ~np.isnan(weights).all(axis=0)]
+    num_tokens, experts_per_token = weights.shape
+    ax = given_or_new(ax, min(12.0, max(5.0, 2.5 + 0.6 * experts_per_token)), 4.0)
+    _draw(ax, weights)
     low, high = ax.get_ylim()
-    # Weights are compared with 0, and 0 is not below the axis where none is negative.
-    ax.set_ylim(low if ranked.min() < 0 else 0.0, max(high, 0.0))
+    # Readers compare weights with 0, so 0 is the lower end unless a weight is negative.
+    ax.set_ylim(low if np.nanmin(weights) < 0 else 0.0, max(high, 0.0))
     ax.set_xlim(0.5, experts_per_token + 0.5)
     shown = range(1, experts_per_token + 1, -(-experts_per_token // 16))
     ax.set_xticks(list(shown), [str(rank) for rank in shown])
-    title = f"Routing weights by rank, {counted(len(weights), 'token')}"
+    title = f"Routing weights by rank, {counted(num_tokens, 'token')}"
     if left_out:
         title += f"\n{left_out:,} more left out: weights not finite"
     ax.set(xlabel="Rank of the expert within its token", ylabel="Routing weight", title=title)
     return ax
 
 
-def _draw_boxes(ax: Any, ranked: Float[np.ndarray, "tokens experts_per_token"]) -> None:
-    names = ("whislo", "q1", "med", "q3", "whishi")
-    boxes = [
-        dict(zip(names, column, strict=True))
-        for column in np.quantile(ranked, _QUANTILES, axis=0).T
-    ]
+def _draw(ax: Any, weights: Float64[np.ndarray, "tokens experts_per_token"]) -> None:
+    """The boxes, and the dashed line of equal shares."""
+    quantiles = np.nanquantile(weights, list(_QUANTILES.values()), axis=0).T
     colour = foreground(ax)
-    # On either of them the median stands out in the colour of the style.
+    lines = {"color": colour}
+    # The median stands out from either fill.
     fill = COLOURS[0] if is_light(colour) else COLOURS[5]
     ax.bxp(
-        boxes,
+        [dict(zip(_QUANTILES, column, strict=True)) for column in quantiles],
         showfliers=False,
         patch_artist=True,
         boxprops={"facecolor": fill, "edgecolor": colour},
         medianprops={"color": colour, "linewidth": 2.0},
-        whiskerprops={"color": colour},
-        capprops={"color": colour},
+        whiskerprops=lines,
+        capprops=lines,
     )
-
-
-def _draw_equal_shares(ax: Any, sums: Float[np.ndarray, " tokens"], experts_per_token: int) -> None:
-    # float32 weights that were divided by their sum add up to within a few units of 6e-8.
+    sums = weights.sum(axis=1)
+    # The sum of float32 weights that were divided by their sum is 1 within a few units of 6e-8.
     if np.ptp(sums) <= 1e-5 * abs(sums).max():
-        label = f"equal shares (sum {sums.mean():.4g} / {experts_per_token})"
-        share = sums.mean() / experts_per_token
+        label = f"equal shares (sum {sums.mean():.4g} / {weights.shape[1]})"
+        share = sums.mean() / weights.shape[1]
         ax.axhline(share, color=COLOURS[3], linestyle="--", linewidth=1.5, label=label, zorder=1)
-        ax.legend(frameon=False, labelcolor=foreground(ax))
+        ax.legend(frameon=False, labelcolor=colour)

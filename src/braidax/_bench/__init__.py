@@ -1,1 +1,0 @@
-"""Measuring: our layer against its peers, interleaved in one process."""

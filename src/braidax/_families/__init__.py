@@ -1,0 +1,5 @@
+"""Tables of released models: one file a family."""
+
+from .deepseek import DEEPSEEK as DEEPSEEK
+from .family import Family as Family
+from .family import Place as Place

@@ -1,0 +1,165 @@
+"""Heat maps: the load of every expert by layer, and which experts are selected together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Real
+
+from ..._balance import expert_load
+from ..._routing import Routing
+from ..._text import counted
+from ..assignments import checked_names, on_host
+from ..counts import coactivations
+from .axes import NO_VALUE, given_or_new, integer_ticks, read_routings, require_matplotlib
+
+
+def plot_load(
+    loads: Real[Array, "layers experts"]
+    | Real[np.ndarray, "layers experts"]
+    | Routing
+    | Sequence[Routing],
+    *,
+    ax: Any = None,
+    layer_names: Sequence[str] | None = None,
+) -> Any:
+    """Heat map of each expert's load divided by its layer's mean load.
+
+    White is perfect balance (1), orange is below it, purple above. A layer without load is all 0.
+
+    **Arguments:**
+
+    - `loads`: assignments counted, `(layers, experts)`, or one `Routing` per layer, or the
+      `Routing` of a single layer.
+    - `ax`: the `Axes` to draw in and to return; by default those of a new figure without pyplot.
+    - `layer_names`: one name a layer; by default its number, from 0.
+
+    **Example:**
+
+        >>> import braidax as bx, numpy as np
+        >>> ax = bx.plot_load(np.array([[4, 4, 4, 4], [8, 8, 0, 0]]), layer_names=["hash", "top-k"])
+        >>> ax.images[0].get_array().tolist()
+        [[1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 0.0, 0.0]]
+
+    **Raises:** `ImportError` without matplotlib, `ValueError` for shapes or names that do not fit
+    and for loads that are negative or not finite, `TypeError` for traced arrays.
+    """
+    require_matplotlib()
+    table = _load_table(loads)
+    num_layers = len(table)
+    names = checked_names(layer_names, num_layers)
+    mean = table.mean(axis=1, keepdims=True)
+    ratio = np.divide(table, mean, out=np.zeros_like(table), where=mean > 0)
+    ax = given_or_new(ax, 7.0, min(12.0, max(3.0, 1.4 + 0.22 * num_layers)))
+    largest = max(2.0, float(ratio.max()))
+    _draw_map(ax, ratio, 1.0, largest, largest, "Load / mean load of layer")
+    # At most 32 names fit.
+    shown = range(0, num_layers, -(-num_layers // 32))
+    ax.set_yticks(list(shown), [names[i] for i in shown])
+    ax.set(xlabel="Expert", ylabel="Layer", title="Expert load by layer")
+    return ax
+
+
+def plot_coactivation(routing: Routing | Sequence[Routing], *, ax: Any = None) -> Any:
+    """Heat map of P(`j` is selected too | `i` is selected), row `i`, column `j`.
+
+    White is chance, the share under balanced and independent selection: `(experts_per_token - 1) /
+    (experts - 1)`. Orange is below chance, purple above. The diagonal is grey, and so are the rows
+    of experts that no token selects. Padding and nobody are not counted. An expert that a token
+    names twice counts once.
+
+    **Arguments:**
+
+    - `routing`: one `Routing`, with any leading axes, or a sequence of them from the same layer,
+      counted together.
+    - `ax`: the `Axes` to draw in and to return; by default those of a new figure without pyplot.
+
+    **Example:** expert 0 is selected twice, once with expert 1 and once with expert 2.
+
+        >>> import braidax as bx, jax, jax.numpy as jnp
+        >>> table = bx.hash_tables.from_array([[0, 1], [0, 2]], 3)
+        >>> router = bx.HashRouter(4, 3, 2, table=table, key=jax.random.key(0))
+        >>> ax = bx.plot_coactivation(router(jnp.ones((2, 4)), jnp.arange(2)))
+        >>> ax.images[0].get_array().tolist()
+        [[None, 0.5, 0.5], [1.0, None, 0.0], [1.0, 0.0, None]]
+
+    **Raises:** `ImportError` without matplotlib, `TypeError` for anything but a concrete `Routing`,
+    `ValueError` for one expert per token, routings that differ in size and none but padding.
+    """
+    require_matplotlib()
+    parts = read_routings(routing)
+    num_experts, experts_per_token = parts[0].num_experts, parts[0].indices.shape[1]
+    if experts_per_token < 2:
+        raise ValueError(
+            "`routing` must select at least 2 experts per token, or there is no pair. "
+            f"Got {experts_per_token}."
+        )
+    together = sum(coactivations(part.indices, num_experts) for part in parts)
+    selected = np.diag(together)[:, None]
+    hidden = np.eye(num_experts, dtype=bool) | (selected == 0)
+    share = np.ma.array(together / np.maximum(selected, 1), mask=hidden)
+    chance = (experts_per_token - 1) / max(num_experts - 1, 1)
+    largest = max(2 * chance, 0.0 if hidden.all() else float(share.max()))
+    if chance < 1:  # otherwise the norm needs a number above chance
+        largest = min(largest, 1.0)
+    ax = given_or_new(ax, *((7.6, 6.4) if num_experts > 64 else (6.4, 5.4)))
+    last = min(largest, 1.0)
+    bar = _draw_map(ax, share, chance, largest, last, "P(j selected | i selected)", " (chance)")
+    bar.ax.set_ylim(0.0, last)
+    integer_ticks(ax.yaxis, 10)
+    num_tokens = sum(len(part.indices) for part in parts)
+    ax.set(
+        xlabel="Expert j (grey: diagonal, or i never selected)",
+        ylabel="Expert i",
+        title=f"Experts selected together, {counted(num_tokens, 'token')}",
+    )
+    return ax
+
+
+def _load_table(loads: Any) -> np.ndarray:
+    """`(layers, experts)` in float64."""
+    if isinstance(loads, Routing):
+        loads = [loads]
+    if isinstance(loads, Sequence) and all(isinstance(item, Routing) for item in loads):
+        rows = [on_host("loads", expert_load(routing)) for routing in loads]
+        if len({row.shape for row in rows}) > 1:
+            raise ValueError(
+                "`loads` must hold routings with the same number of experts. "
+                f"Got {[row.shape[0] for row in rows]}."
+            )
+        loads = np.stack(rows) if rows else np.zeros((0, 0))
+    table = on_host("loads", loads).astype(np.float64)
+    if table.ndim != 2 or table.size == 0:
+        raise ValueError(
+            "`loads` must be a non-empty array (layers, experts) or one Routing or several. "
+            f"Got shape {table.shape}."
+        )
+    wrong = ~(np.isfinite(table) & (table >= 0))
+    if wrong.any():
+        raise ValueError(f"`loads` must hold finite counts of at least 0. Got {table[wrong][0]}.")
+    return table
+
+
+def _draw_map(
+    ax: Any, values: Any, centre: float, largest: float, last: float, label: str, named: str = ""
+) -> Any:
+    """Colours from 0 to `largest`, white at `centre`, and the colour bar with ticks up to `last`.
+
+    `named` follows the number at `centre`.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.ticker import MaxNLocator
+
+    colours = colormaps["PuOr"].with_extremes(bad=NO_VALUE)
+    norm = TwoSlopeNorm(vcenter=centre, vmin=0.0, vmax=largest)
+    image = ax.imshow(values, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
+    ax.grid(False)
+    integer_ticks(ax.xaxis, 10)
+    bar = ax.figure.colorbar(image, ax=ax, label=label)
+    # Round values above the centre leave room for its label.
+    above = MaxNLocator(nbins=4, steps=[1, 2, 5, 10]).tick_values(centre, last)
+    ticks = [float(tick) for tick in above if centre + 0.15 * (last - centre) < tick <= last]
+    ticks = [0.0, centre / 2, centre, *ticks]
+    bar.set_ticks(ticks, labels=[f"{t:.3g}{named if t == centre else ''}" for t in ticks])
+    return bar

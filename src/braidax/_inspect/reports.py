@@ -1,0 +1,129 @@
+"""`report`: what routers did with the tokens of a batch or of a whole data set."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+
+from .._checks import positive_integer
+from .._routing import Routing
+from .assignments import checked_names
+from .batches import STACKED, read_batches
+from .counts import entropy, max_violation, token_sums
+from .records import Report
+from .routers import find_routers, router_kind, router_shape
+from .token_counts import TokenCounts
+from .top_tokens import TopToken
+
+
+def report(
+    routings: Routing | Iterable[Any],
+    *,
+    model: PyTree = None,
+    input_ids: Any = None,
+    layer_names: Iterable[str] | None = None,
+    decode: Callable[[int], str] | None = None,
+    num_top_tokens: int = 5,
+) -> Report:
+    """Load, balance, confidence and most frequent tokens of every expert, over many batches.
+
+        bx.report(routing)                  # one layer
+        bx.report([first, second])          # the layers of one batch
+        bx.report((model(ids)[1] for ids in batches), model=model, input_ids=batches, decode=chr)
+
+    **Arguments:**
+
+    - `routings`: a `Routing`; a sequence of one `Routing` per layer; or any iterable of batches,
+        each such a sequence. The iterable is read once, and no batch is kept.
+    - `model`: anything that holds the routers in the order of the routings: a model, a block or a
+        list of routers. It tells hash from top-k layers. It also tells which first axes of a
+        `Routing` are stacked layers; without it all leading axes are tokens.
+    - `input_ids`: the ids of the tokens, for `top_tokens`: an array of the routings' batch axes, or
+        `bytes`. For batches, a list, an array or a loader of one of them per batch.
+    - `layer_names`: one name a layer; by default its number, from 0.
+    - `decode`: the text of a token id, such as `tokenizer.decode` or `chr`; by default `str`. An id
+        for which it raises `LookupError`, `ValueError` or `OverflowError` is shown as `<id 300>`.
+    - `num_top_tokens`: how many tokens are kept for every expert.
+
+    **Returns:** a record of numpy arrays, `load` `(layers, experts)` and more; see its docstring.
+
+    **Example:** 4 bytes, two of them equal, routed by id.
+
+        >>> import braidax as bx, jax
+        >>> table = bx.hash_tables.md5(256, 8, 2)
+        >>> router = bx.HashRouter(4, 8, 2, table=table, key=jax.random.key(0))
+        >>> ids = jax.numpy.array([97, 98, 97, 99])
+        >>> report = bx.report(router(jax.numpy.ones((4, 4)), ids), model=router, input_ids=ids)
+        >>> report.routers, int(report.load.sum()), report.top_tokens[0][table[97, 0]][0].count
+        (('hash',), 8, 2)
+
+    **Raises:** `ValueError` or `TypeError` that names the argument for counts or shapes that do
+    not fit, and `TypeError` for traced arrays.
+    """
+    positive_integer("num_top_tokens", num_top_tokens)
+    routers = kinds = None
+    if model is not None:
+        routers = find_routers(model)
+        kinds = tuple(router_kind(r) for r in routers for _ in range(math.prod(router_shape(r)[0])))
+    figures, tokens = _figures(read_batches(routings, input_ids, routers))
+    names = checked_names(layer_names, len(tokens), "" if routers else STACKED)
+    top_tokens = None
+    if input_ids is not None:
+        text = functools.cache(functools.partial(_text, decode or str))
+        num_experts = figures["load"].shape[1]
+        top_tokens = tuple(_top_tokens(each, num_experts, text, num_top_tokens) for each in tokens)
+    return Report(layer_names=tuple(names), routers=kinds, top_tokens=top_tokens, **figures)
+
+
+def _figures(batches: Iterable[Any]) -> tuple[dict[str, np.ndarray], list[TokenCounts]]:
+    """The arrays of a `Report`, and for every layer the counts of its tokens."""
+    sums, violations, tokens = {}, [], []
+    for layers in batches:
+        found = [token_sums(layer) for layer, _ in layers]
+        batch = {name: np.array([layer[name] for layer in found]) for name in found[0]}
+        # A batch without load balances nothing. A 0 for it would flatter the mean of batches.
+        has_load = batch["load"].any(axis=1)
+        violations.append(np.where(has_load, max_violation(batch["load"]), np.nan))
+        sums = {name: sums.get(name, 0) + batch[name] for name in batch}
+        tokens = tokens or [TokenCounts() for _ in layers]
+        for counts, (layer, ids) in zip(tokens, layers, strict=True):
+            if ids is not None:
+                counts.add(layer.indices[layer.mask], ids[layer.mask])
+    load = sums["load"]
+    total = load.sum(axis=1)
+    shares = load / np.where(total > 0, total, 1)[:, None]
+    for name in ("confidence", "router_entropy"):
+        sum_, number = sums[name].T
+        sums[name] = np.divide(sum_, number, out=np.full(len(load), np.nan), where=number > 0)
+    figures = {
+        "max_violation": max_violation(load),
+        "batch_max_violation": np.array(violations),
+        "load_entropy": entropy(shares),
+        "dead_experts": (load == 0).sum(axis=1, dtype=np.int64),
+        "top_1_share": shares.max(axis=1),
+    }
+    return sums | figures, tokens
+
+
+def _text(decode: Callable[[int], str], token_id: int) -> str:
+    try:
+        text = decode(token_id)
+    except (LookupError, ValueError, OverflowError):
+        # The pass over the data is done: one id must not lose the report.
+        text = f"<id {token_id}>"
+    if not isinstance(text, str):
+        raise TypeError(f"`decode` must return a str. Got {text!r:.60} for id {token_id}.")
+    return text
+
+
+def _top_tokens(
+    counts: TokenCounts, num_experts: int, text: Callable[[int], str], number: int
+) -> tuple[tuple[TopToken, ...], ...]:
+    def of_expert(expert: int) -> tuple[TopToken, ...]:
+        pairs = zip(*(array[:number].tolist() for array in counts.of_expert(expert)), strict=True)
+        return tuple(TopToken(token, text(token), count) for token, count in pairs)
+
+    return tuple(map(of_expert, range(num_experts)))
