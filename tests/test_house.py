@@ -22,7 +22,7 @@ HAZARDS = 47
 
 # A module imports only modules of a lower rank, or of its own package.
 RANKS = (
-    ("_checks", "_balanced_table", "_config_file"),
+    ("_checks", "_compiled", "_balanced_table", "_config_file"),
     ("_routing", "_scoring", "_config", "hash_tables", "_mesh", "_matmul"),
     ("_balance", "_balance_losses", "_experts", "_router"),
     ("_dispatch", "_replay", "_filters"),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Integer, PRNGKeyArray, Real
 
 from .._checks import array_dtype, last_axis
+from .._compiled import compiled
 from .._routing import Routing, without_masked, zero_masked
 from .gate import Gate
 
@@ -73,7 +74,7 @@ class AbstractRouter(eqx.Module):
         del load, rate
         return self
 
-    @eqx.filter_jit
+    @compiled
     @jax.named_scope("braidax.router")
     def __call__(
         self,
