@@ -37,10 +37,13 @@ import optax
 from IPython.display import display
 
 import braidax as bx
-from braidax._training.corpus import read_corpus
-from braidax._training.language_model import LanguageModel
-from braidax._training.settings import Settings
-from braidax._training.windows import held_out_windows, training_windows
+from braidax.training import (
+    LanguageModel,
+    Settings,
+    held_out_windows,
+    read_corpus,
+    training_windows,
+)
 
 # The model of `python -m braidax train`, smaller: 2 decoder layers, both routed by top-k.
 settings = Settings(
