@@ -1,13 +1,17 @@
-"""`MoEConfig`: validation, the presets, Hugging Face configurations and `is_hash_layer`."""
+"""`MoEConfig`: the record, the layers made of it, the presets, and Hugging Face configurations."""
 
 import dataclasses
-import inspect
 import json
 import math
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
+
+import braidax as bx
 
 # The main fields of the released configurations: `config.json` of DeepSeek-V3 and V4-Flash, and
 # the nested form of V4.1-Flash.
@@ -60,27 +64,16 @@ V4_1_TEXT_JSON = {
 }
 
 
+from_hf = bx.MoEConfig.from_hf
+SIZES = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 8, "num_experts_per_token": 2}
+
+
 def make(**changes):
-    from braidax import MoEConfig
-
-    sizes = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 8, "num_experts_per_token": 2}
-    return MoEConfig(**{**sizes, **changes})
+    return bx.MoEConfig(**{**SIZES, **changes})
 
 
-def make_unhooked(**changes):
-    """Without jaxtyping's check of the annotations, as users run it: our own messages."""
-    from braidax import MoEConfig
-
-    config = object.__new__(MoEConfig)
-    sizes = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 8, "num_experts_per_token": 2}
-    inspect.unwrap(MoEConfig.__init__)(config, **{**sizes, **changes})
-    return config
-
-
-def from_hf(source):
-    from braidax import MoEConfig
-
-    return MoEConfig.from_hf(source)
+def layer(config, layer_idx=0):
+    return bx.RoutedAndSharedMoE.from_config(config, layer_idx, key=jax.random.key(0))
 
 
 def test_defaults():
@@ -103,10 +96,17 @@ def test_shared_limit_follows_unless_given():
     assert make(swiglu_limit=None, shared_swiglu_limit=7.0).shared_swiglu_limit == 7.0
 
 
-def test_numbers_become_python_numbers():
-    config = make_unhooked(num_experts=np.int64(16), scaling_factor=2, swiglu_limit=10)
-    assert type(config.num_experts) is int
-    assert [type(config.scaling_factor), type(config.swiglu_limit)] == [float, float]
+def test_numbers_become_python_numbers(unchecked):
+    """In the layer: the record keeps what it is given."""
+    config = make(num_experts_per_token=np.int64(2), scaling_factor=2, swiglu_limit=np.float32(10))
+    assert config.scaling_factor == 2 and type(config.scaling_factor) is int
+    routed = layer(config).routed
+    assert type(routed.router.num_experts_per_token) is int
+    assert type(routed.router.gate.scaling_factor) is float
+    assert type(routed.experts.activation.limit) is float
+
+
+NOT_ABOVE_0 = (0.0, -1.0, math.nan, math.inf)
 
 
 @pytest.mark.hazard(1)
@@ -114,12 +114,12 @@ def test_numbers_become_python_numbers():
     "name, value",
     [
         *[(name, 0) for name in ("hidden_size", "intermediate_size", "num_experts")],
-        *[(name, -1) for name in ("num_experts_per_token", "num_shared_experts", "vocab_size")],
+        *[(name, -1) for name in ("num_experts_per_token", "vocab_size", "num_hash_layers")],
+        *[("num_shared_experts", value) for value in (0, -1)],
         *[(name, 0) for name in ("num_groups", "num_selected_groups")],
-        ("num_hash_layers", -1),
-        *[("scaling_factor", value) for value in (0.0, -1.0, math.nan, math.inf)],
-        *[("temperature", value) for value in (0.0, -1.0, math.nan, math.inf)],
-        *[("swiglu_limit", value) for value in (0.0, -1.0, math.nan, math.inf)],
+        *[("scaling_factor", value) for value in NOT_ABOVE_0],
+        *[("temperature", value) for value in NOT_ABOVE_0],
+        *[("swiglu_limit", value) for value in NOT_ABOVE_0],
         ("shared_swiglu_limit", 0.0),
         ("score_function", "relu"),
         ("num_experts_per_token", 9),
@@ -129,67 +129,78 @@ def test_numbers_become_python_numbers():
     ],
 )
 def test_value_out_of_range(name, value):
-    with pytest.raises(ValueError, match=f"`{name}` must .*Got "):
-        make(**{name: value})
+    """The record holds it; the layer refuses it, hashed where only a hash layer reads it."""
+    hashed = {"num_hash_layers": 1} if name == "vocab_size" else {}
+    config = make(**{**hashed, name: value})
+    named = name.removeprefix("shared_").removeprefix("swiglu_")
+    with pytest.raises(ValueError, match=f"`(config.)?{named}` must .*Got "):
+        layer(config)
 
 
 @pytest.mark.parametrize("value", [True, 2.0, "2"])
 @pytest.mark.parametrize("name", ["num_experts", "num_hash_layers", "vocab_size", "num_groups"])
-def test_only_integers_are_counts(name, value):
+def test_only_integers_are_counts(name, value, unchecked):
+    hashed = {"num_hash_layers": 1} if name == "vocab_size" else {}
     with pytest.raises(TypeError, match=f"`{name}` must be an integer"):
-        make_unhooked(**{name: value})
+        layer(make(**{**hashed, name: value}))
 
 
 @pytest.mark.parametrize("name", ["scaling_factor", "swiglu_limit", "temperature"])
 @pytest.mark.parametrize("value", [True, "1"])
-def test_only_numbers_are_factors(name, value):
-    with pytest.raises(TypeError, match=f"`{name}` must be a number"):
-        make_unhooked(**{name: value})
+def test_only_numbers_are_factors(name, value, unchecked):
+    with pytest.raises(TypeError, match=f"`{name.removeprefix('swiglu_')}` must be a number"):
+        layer(make(**{name: value}))
 
 
-def test_normalize_is_a_bool():
+def test_normalize_is_a_bool(unchecked):
     with pytest.raises(TypeError, match="`normalize` must be a bool"):
-        make_unhooked(normalize=1)
+        layer(make(normalize=1))
 
 
 def test_hash_layers_need_a_vocabulary():
-    with pytest.raises(ValueError, match="`vocab_size` must be given"):
-        make(num_hash_layers=1)
-    assert make(num_hash_layers=1, vocab_size=5).vocab_size == 5
+    config = make(num_hash_layers=1)
+    with pytest.raises(ValueError, match="`config.vocab_size` must be given for a hash layer"):
+        layer(config)
+    assert isinstance(layer(config, 1).routed.router, bx.TopKRouter)
+    router = layer(make(num_hash_layers=1, vocab_size=5)).routed.router
+    np.testing.assert_array_equal(np.asarray(router.table), bx.hash_tables.md5(5, 8, 2, salt=0))
 
 
 @pytest.mark.hazard(8)
 def test_experts_per_token_fit_in_the_selected_groups():
-    assert make(num_groups=4, num_selected_groups=2, num_experts_per_token=4)
-    with pytest.raises(ValueError, match="`num_experts_per_token` must fit in the selected groups"):
-        make(num_groups=4, num_selected_groups=2, num_experts_per_token=5)
+    groups = {"num_groups": 4, "num_selected_groups": 2}
+    router = layer(make(**groups, num_experts_per_token=4)).routed.router
+    assert (router.num_groups, router.num_selected_groups) == (4, 2)
+    text = "`num_experts_per_token` must be at most .*selected groups, 2 \\* 2. Got 5"
+    with pytest.raises(ValueError, match=text):
+        layer(make(**groups, num_experts_per_token=5))
 
 
 @pytest.mark.hazard(2)
 def test_every_score_function_is_known():
-    from braidax._config import KNOWN_SCORE_FUNCTIONS
-    from braidax._scoring import SCORE_FUNCTIONS
-
-    assert set(KNOWN_SCORE_FUNCTIONS) == set(SCORE_FUNCTIONS)
-    for name in KNOWN_SCORE_FUNCTIONS:
-        assert make(score_function=name).score_function == name
+    """By the names of the oracle, and every other name is an error that lists them."""
+    logits = np.linspace(-3, 2, 8)
+    for name, scores in oracle.SCORES.items():
+        gate = layer(make(score_function=name)).routed.router.gate
+        got = eqx.tree_at(lambda g: g.weight, gate, jnp.eye(8))(jnp.asarray(logits, jnp.float32))
+        np.testing.assert_allclose(np.asarray(got[0]), scores(logits), rtol=1e-5)
+    with pytest.raises(ValueError, match=", ".join(oracle.SCORES)):
+        layer(make(score_function="tanh"))
 
 
 def test_presets_equal_the_released_configurations():
-    from braidax import MoEConfig
-
     pro = V4_FLASH_JSON | {
         "hidden_size": 7168,
         "moe_intermediate_size": 3072,
         "n_routed_experts": 384,
         "routed_scaling_factor": 2.5,
     }
-    assert from_hf(V3_JSON) == MoEConfig.deepseek_v3()
-    assert from_hf(V4_FLASH_JSON) == MoEConfig.deepseek_v4_flash()
-    assert from_hf(pro) == MoEConfig.deepseek_v4_pro()
+    assert from_hf(V3_JSON) == bx.MoEConfig.deepseek_v3()
+    assert from_hf(V4_FLASH_JSON) == bx.MoEConfig.deepseek_v4_flash()
+    assert from_hf(pro) == bx.MoEConfig.deepseek_v4_pro()
     nested = {"model_type": "deepseek_v41", "text_config": V4_1_TEXT_JSON}
-    assert from_hf(nested) == MoEConfig.deepseek_v4_1_flash()
-    assert MoEConfig.tiny().num_hash_layers == 2
+    assert from_hf(nested) == bx.MoEConfig.deepseek_v4_1_flash()
+    assert bx.MoEConfig.tiny().num_hash_layers == 2
 
 
 def test_reads_a_file_or_its_folder(tmp_path):
@@ -238,7 +249,7 @@ def test_null_groups_are_one_group_and_gate_temp_is_the_temperature():
 @pytest.mark.parametrize(
     "key",
     ["hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"]
-    + ["scoring_func", "vocab_size"],
+    + ["scoring_func"],
 )
 def test_missing_key_is_named(key):
     config = {name: value for name, value in V4_FLASH_JSON.items() if name != key}
@@ -249,18 +260,34 @@ def test_missing_key_is_named(key):
 @pytest.mark.parametrize(
     "key, value, named",
     [
-        ("scoring_func", "relu", "score_function"),
         ("topk_method", "group_limited_greedy", "topk_method"),
         ("hidden_act", "gelu", "hidden_act"),
-        ("num_experts_per_tok", True, "num_experts_per_token"),
         ("mlp_layer_types", "hash_moe", "mlp_layer_types"),
-        ("swiglu_limit", math.nan, "swiglu_limit"),
-        ("n_shared_experts", -1, "num_shared_experts"),
     ],
 )
 def test_unsupported_value_is_named(key, value, named):
     with pytest.raises(ValueError, match=f"^config: `{named}` must "):
         from_hf({**V4_FLASH_JSON, key: value})
+
+
+@pytest.mark.parametrize(
+    "key, value, named",
+    [
+        ("scoring_func", "relu", "score_function"),
+        ("num_experts_per_tok", True, "num_experts_per_token"),
+        ("swiglu_limit", math.nan, "limit"),
+        ("swiglu_limit", True, "limit"),
+        ("n_shared_experts", -1, "config.num_shared_experts"),
+        ("vocab_size", None, "config.vocab_size"),
+    ],
+)
+def test_a_value_that_no_layer_can_have_is_read_and_refused_by_the_layer(
+    key, value, named, unchecked
+):
+    small = {"hidden_size": 8, "moe_intermediate_size": 4, "n_routed_experts": 8}
+    config = from_hf({**V4_FLASH_JSON, **small, key: value})
+    with pytest.raises((TypeError, ValueError), match=f"^`{named}` must .*Got "):
+        layer(config)
 
 
 def test_bad_files_name_the_path(tmp_path):
@@ -274,34 +301,26 @@ def test_bad_files_name_the_path(tmp_path):
 
 
 def test_is_hash_layer():
-    from braidax import MoEConfig, is_hash_layer
-
-    config = MoEConfig.deepseek_v4_flash()
-    assert [is_hash_layer(config, layer) for layer in range(5)] == [True] * 3 + [False] * 2
-    assert not is_hash_layer(MoEConfig.deepseek_v3(), 0)
+    config = bx.MoEConfig.deepseek_v4_flash()
+    assert [config.is_hash_layer(layer) for layer in range(5)] == [True] * 3 + [False] * 2
+    assert not bx.MoEConfig.deepseek_v3().is_hash_layer(0)
 
 
 @pytest.mark.parametrize("layer_idx", [True, 1.0, None])
-def test_layer_idx_is_an_integer(layer_idx):
-    from braidax import MoEConfig, is_hash_layer
-
-    unchecked = inspect.unwrap(is_hash_layer)  # our own message, without jaxtyping's before it
-    with pytest.raises(TypeError, match="`layer_idx` must be an integer"):
-        unchecked(MoEConfig.tiny(), layer_idx)
+def test_layer_idx_is_an_integer(layer_idx, unchecked):
+    for call in (bx.MoEConfig.tiny().is_hash_layer, lambda i: layer(bx.MoEConfig.tiny(), i)):
+        with pytest.raises(TypeError, match="`layer_idx` must be an integer"):
+            call(layer_idx)
 
 
-def test_layer_idx_may_be_any_integer():
-    from braidax import MoEConfig, is_hash_layer
-
-    unchecked = inspect.unwrap(is_hash_layer)
-    assert unchecked(MoEConfig.tiny(), np.int32(1)) and not unchecked(MoEConfig.tiny(), np.int64(2))
+def test_layer_idx_may_be_any_integer(unchecked):
+    tiny = bx.MoEConfig.tiny()
+    assert tiny.is_hash_layer(np.int32(1)) and not tiny.is_hash_layer(np.int64(2))
 
 
-def test_layer_idx_is_not_traced_or_negative():
-    from braidax import MoEConfig, is_hash_layer
-
-    unchecked = inspect.unwrap(is_hash_layer)
-    with pytest.raises(TypeError, match="`layer_idx` must be static, not traced"):
-        jax.jit(lambda layer_idx: unchecked(MoEConfig.tiny(), layer_idx))(0)
-    with pytest.raises(ValueError, match="`layer_idx` must be at least 0. Got -1"):
-        is_hash_layer(MoEConfig.tiny(), -1)
+def test_layer_idx_is_not_traced_or_negative(unchecked):
+    for call in (bx.MoEConfig.tiny().is_hash_layer, lambda i: layer(bx.MoEConfig.tiny(), i)):
+        with pytest.raises(TypeError, match="`layer_idx` must be static, not traced"):
+            jax.jit(call)(0)
+        with pytest.raises(ValueError, match="`layer_idx` must be at least 0. Got -1"):
+            call(-1)

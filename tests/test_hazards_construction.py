@@ -32,6 +32,9 @@ EXPERT_ERRORS = [
     ({"limit": float("inf")}, ValueError, "`limit` must be finite and above 0. Got inf"),
     ({"limit": "10"}, TypeError, "`limit` must be a number. Got '10'"),
     ({"dtype": jnp.int8}, TypeError, "`dtype` must be a floating-point dtype of 16 bits"),
+    ({"activation": "silu"}, TypeError, "`activation` must be a hashable function.*Got 'silu'"),
+    ({"activation": lambda a, b, c: a}, TypeError, "`activation` must be a hashable function"),
+    ({"use_bias": 1}, TypeError, "`use_bias` must be a bool. Got 1"),
 ]
 
 
@@ -40,11 +43,15 @@ EXPERT_ERRORS = [
 @pytest.mark.parametrize("options, error, text", EXPERT_ERRORS)
 def test_experts_that_make_no_sense(options, error, text, unchecked):
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}
+
+    def build(make, limit=None, **options):
+        return make(**{"activation": bx.activations.swiglu(limit), **options}, key=KEY)
+
     with pytest.raises(error, match=text):
-        bx.Experts(**{"num_experts": EXPERTS, **sizes, **options}, key=KEY)
+        build(bx.Experts, **{"num_experts": EXPERTS, **sizes, **options})
     if "num_experts" not in options:
         with pytest.raises(error, match=text):
-            bx.FeedForward(**{**sizes, **options}, key=KEY)
+            build(bx.FeedForward, **{**sizes, **options})
 
 
 @pytest.mark.hazard(
@@ -59,8 +66,10 @@ def test_a_scaling_factor_that_is_not_finite_and_positive(kind, value):
 
 @pytest.mark.hazard(3)
 def test_no_limit_is_no_clamp():
-    experts = bx.Experts(EXPERTS, HIDDEN, INTERMEDIATE, key=KEY)
-    assert experts.limit is None
+    """By the field, and by an up of 1e6 with a gate whose silu is itself."""
+    for activation in (bx.Experts(1, 1, 1, key=KEY).activation, bx.activations.swiglu()):
+        assert activation.limit is None
+        assert activation(jnp.float32(1e3), jnp.float32(-1e6)) == -1e9
 
 
 @pytest.mark.hazard(5, "a table of another shape, or transposed: ValueError with both shapes")
@@ -135,9 +144,22 @@ REPLACED = {
         down,
         lambda a: jnp.swapaxes(a, 1, 2),
         ValueError,
-        r"`down` must have shape \(5, 7, 12\), .*`gate_up` \(5, 14, 12\). Got \(5, 12, 7\)",
+        r"`down` must have shape \(5, 7, 12\), .*`gate_up` \(5, 2, 7, 12\). Got \(5, 12, 7\)",
     ),
-    "odd rows of gate and up": ("top_k", gate_up, lambda a: a[:, :-1], ValueError, "`gate_up`"),
+    "a gate without an up": (
+        "top_k",
+        gate_up,
+        lambda a: a[:, :-1],
+        ValueError,
+        r"`gate_up` must have shape \(\*, 2, intermediate, hidden\), .*Got \(5, 1, 7, 12\)",
+    ),
+    "a narrower gate and up": (
+        "top_k",
+        gate_up,
+        lambda a: a[:, :, :-1],
+        ValueError,
+        r"`down` must have shape \(5, 6, 12\), .*Got \(5, 7, 12\)",
+    ),
     "transposed shared experts": (
         "hash",
         lambda b: b.shared.down,
@@ -177,5 +199,9 @@ def test_fewer_experts_than_the_router_has(case, unchecked):
 @pytest.mark.parametrize("name", ["checks", "remat"])
 def test_options_that_are_bools(name, unchecked):
     block = layer("top_k").routed
+    build = {
+        "checks": lambda: bx.RoutedMoE(block.router, block.experts, checks="yes"),
+        "remat": lambda: bx.SortedDispatch(remat="yes"),
+    }[name]
     with pytest.raises(TypeError, match=f"`{name}` must be a bool. Got 'yes'"):
-        bx.RoutedMoE(block.router, block.experts, **{name: "yes"})
+        build()

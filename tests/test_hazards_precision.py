@@ -5,16 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import EXPERTS, HIDDEN, INTERMEDIATE, SLOTS, VOCAB, make_inputs
+from cases import EXPERTS, HIDDEN, INTERMEDIATE, SLOTS, VOCAB, make_dispatch, make_inputs
 from hazard_inputs import BACKEND_NAMES, LAYERS, layer
 
 import braidax as bx
-from braidax._experts.swiglu import swiglu
 
 pytestmark = pytest.mark.optimized  # one rounding more or less is an error here
 
 every_backend = pytest.mark.parametrize("backend", BACKEND_NAMES)
 LIMIT = 10.0
+SWIGLU = bx.activations.swiglu(LIMIT)
 GATES = [-np.inf, -3e38, -20.0, 0.0, 9.99, 10.0, 10.01, 3e38, np.inf, np.nan]
 UPS = [-np.inf, -10.01, -10.0, 1.5, 10.0, 10.01, np.inf, np.nan]
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -37,7 +37,7 @@ def test_the_clamp_at_every_limit(dtype):
     pairs = np.array([(g, u) for g in GATES for u in UPS], np.float64)
     with np.errstate(over="ignore"):
         given = pairs.astype(dtype)
-    function = jax.vmap(jax.value_and_grad(lambda pair: swiglu(pair, LIMIT)[0]))
+    function = jax.vmap(jax.value_and_grad(lambda pair: SWIGLU(*pair)))
     value, gradient = function(jnp.asarray(given))
     assert value.dtype == gradient.dtype == dtype
     wide = given.astype(np.float64)
@@ -56,11 +56,9 @@ def test_the_clamp_at_every_limit(dtype):
 
 def one_by_one(dtype, hidden=2):
     """An expert whose gate is the first hidden entry and whose up is the second."""
-    expert = bx.FeedForward(
-        hidden, 1, activation=bx.activations.swiglu(LIMIT), dtype=dtype, key=jax.random.key(0)
-    )
+    expert = bx.FeedForward(hidden, 1, activation=SWIGLU, dtype=dtype, key=jax.random.key(0))
     where = lambda e: (e.gate_up, e.down)  # noqa: E731
-    return eqx.tree_at(where, expert, (jnp.eye(2, dtype=dtype), jnp.ones((1, 2), dtype)))
+    return eqx.tree_at(where, expert, (jnp.eye(2, dtype=dtype)[:, None], jnp.ones((1, 2), dtype)))
 
 
 def one_routed(expert, backend):
@@ -69,9 +67,7 @@ def one_routed(expert, backend):
     router = bx.TopKRouter(hidden, 1, 1, key=jax.random.key(0))
     # Logits of 0: one that underflows would give the weight 0.
     router = eqx.tree_at(lambda r: r.gate.weight, router, 0 * router.gate.weight)
-    experts = bx.Experts(
-        1, hidden, 1, activation=bx.activations.swiglu(LIMIT), key=jax.random.key(0)
-    )
+    experts = bx.Experts(1, hidden, 1, activation=SWIGLU, key=jax.random.key(0))
     where = lambda e: (e.gate_up, e.down)  # noqa: E731
     experts = eqx.tree_at(where, experts, (expert.gate_up[None], expert.down[None]))
     return bx.RoutedMoE(router, experts, dispatch=make_dispatch(bx, backend))
@@ -119,13 +115,11 @@ def test_shared_and_routed_experts_are_clamped_alike(dtype, backend):
 @pytest.mark.parametrize("backend", ["shared", *BACKEND_NAMES])
 def test_a_product_beyond_the_largest_float16_is_finite(backend):
     """512 terms of 40 * 40 are +-819,200; the largest float16 is 65,504."""
-    expert = bx.FeedForward(
-        512, 1, activation=bx.activations.swiglu(LIMIT), dtype=jnp.float16, key=jax.random.key(0)
-    )
+    expert = bx.FeedForward(512, 1, activation=SWIGLU, dtype=jnp.float16, key=jax.random.key(0))
     where = lambda e: (e.gate_up, e.down)  # noqa: E731
     hidden_states = jnp.full((4, 512), 40.0, jnp.float16)
     for gate, want in ((-40.0, 0.0), (40.0, 99.9955)):
-        weights = (jnp.full((2, 512), gate, jnp.float16), jnp.full((1, 512), 1.0, jnp.float16))
+        weights = (jnp.full((2, 1, 512), gate, jnp.float16), jnp.full((1, 512), 1.0, jnp.float16))
         expert = eqx.tree_at(where, expert, weights)
         output, gradient = output_and_gradient(as_layer(expert, backend), hidden_states)
         assert output.dtype == jnp.float16 and not np.asarray(gradient).any()

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from jax.test_util import check_grads
 
 import braidax as bx
-from braidax._scoring import SCORE_FUNCTIONS, normalise
+from braidax._scoring import normalized
 
 pytestmark = pytest.mark.optimized  # bounds in units of the last place
 
@@ -105,7 +105,14 @@ extreme = st.sampled_from([-1e4, -400.0, -120.0, -88.0, -87.0, 0.0, 88.0, 1e4])
 logits_tables = arrays(
     np.float32, (TOKENS, SIZE), elements=extreme | st.floats(-1e4, 1e4, width=32)
 )
-ROUTER_CASES = [(kind, name) for kind in ("top_k", "hash") for name in sorted(SCORE_FUNCTIONS)]
+SCORE_FUNCTIONS = {
+    "sigmoid": jax.nn.sigmoid,
+    "softmax": jax.nn.softmax,
+    "sqrtsoftplus": bx.sqrt_softplus,
+}
+# Each divided by the sum; softmax without it too, as DeepSeek-V2 has it.
+GATES = [*((name, True) for name in SCORE_FUNCTIONS), ("softmax", False)]
+ROUTER_CASES = [(kind, *gate) for kind in ("top_k", "hash") for gate in GATES]
 
 
 @eqx.filter_jit
@@ -127,20 +134,22 @@ def routing_and_gradients(router, hidden_states):
 @pytest.mark.hazard(
     21, "weights finite, not negative, summing to the scaling factor; 0 if all underflow"
 )
-@pytest.mark.parametrize(("kind", "name"), ROUTER_CASES)
+@pytest.mark.parametrize(("kind", "name", "normalize"), ROUTER_CASES)
 @given(logits_tables)
-def test_any_logits_give_finite_weights_and_gradients(kind, name, logits):
-    router = identity_router(kind, SIZE, CHOSEN, score_function=name, scaling_factor=2.5)
+def test_any_logits_give_finite_weights_and_gradients(kind, name, normalize, logits):
+    options = {"score_function": SCORE_FUNCTIONS[name], "normalize": normalize}
+    router = identity_router(kind, SIZE, CHOSEN, scaling_factor=2.5, **options)
     routing, gate_gradient, gradient = routing_and_gradients(router, jnp.asarray(logits))
     weights, indices = np.asarray(routing.weights), np.asarray(routing.indices)
     for array in (weights, gate_gradient, gradient):
         assert np.isfinite(np.asarray(array)).all()
     assert (weights >= 0).all() and (weights <= 2.5 * (1 + 1e-6)).all()
-    if name != "softmax":  # Softmax couples all logits, and its weights are not normalised.
+    if name != "softmax":  # Softmax couples all logits.
         unselected = ~(indices[..., None] == np.arange(SIZE)).any(axis=1)
         assert not np.asarray(gradient)[unselected].any()
         never = unselected.all(axis=0)
         assert not np.asarray(gate_gradient)[never].any()
+    if normalize:
         sums = np.take_along_axis(np.asarray(routing.scores, np.float64), indices, 1).sum(axis=1)
         assert (np.abs(weights.sum(axis=1) / 2.5 - 1) <= 1e-6)[sums > 1e-10].all()
 
@@ -151,7 +160,7 @@ def test_an_unselected_logit_of_minus_infinity_has_exactly_zero_gradient(name):
     logits = jnp.asarray([1.0, 0.5, -120.0, -1e4, -jnp.inf])
 
     def weight_of_the_first(logits):
-        return normalise(SCORE_FUNCTIONS[name].scores(logits)[:2])[0]
+        return normalized(SCORE_FUNCTIONS[name](logits)[:2])[0]
 
     gradient = np.asarray(jax.grad(weight_of_the_first)(logits))
     assert gradient[0] > 0 > gradient[1] and not gradient[2:].any()
@@ -161,7 +170,7 @@ def test_an_unselected_logit_of_minus_infinity_has_exactly_zero_gradient(name):
 @pytest.mark.parametrize("kind", ["top_k", "hash"])
 @pytest.mark.parametrize("name", ["sqrtsoftplus", "sigmoid"])
 def test_logits_that_all_underflow_give_zero_weights_and_gradients(kind, name):
-    router = identity_router(kind, SIZE, CHOSEN, score_function=name)
+    router = identity_router(kind, SIZE, CHOSEN, score_function=SCORE_FUNCTIONS[name])
     routing, gate_gradient, gradient = routing_and_gradients(
         router, jnp.full((TOKENS, SIZE), -400.0)
     )
@@ -187,6 +196,20 @@ VECTORS = {
         [0, 1],
         [3.0, 1.5],
     ),
+    "softmax, divided": (
+        np.log([4, 2, 1, 1]),
+        [0, 0, 0, 0],
+        {"score_function": jax.nn.softmax},
+        [0, 1],
+        [2 / 3, 1 / 3],
+    ),
+    "softmax, not divided": (
+        np.log([4, 2, 1, 1]),
+        [0, 0, 0, 0],
+        {"score_function": jax.nn.softmax, "normalize": False},
+        [0, 1],
+        [1 / 2, 1 / 4],
+    ),
 }
 
 
@@ -195,7 +218,7 @@ VECTORS = {
 def test_vectors_of_other_libraries(name):
     logits, second, options, indices, weights = VECTORS[name]
     bias = second
-    if logits == "scores":
+    if isinstance(logits, str):
         logits, bias = list(np.log(np.expm1(np.square(second)))), [0, 0]
     padding = 16 - len(logits)
     routing = by_hand(list(logits) + [-30] * padding, list(bias) + [0] * padding, **options)

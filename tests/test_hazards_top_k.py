@@ -95,8 +95,8 @@ def test_every_gate_multiplies_in_float32_at_the_highest_precision(kind, dtype):
 def eqx_equations(jaxpr):
     """Every equation as text, those of inner jaxprs too."""
     for equation in jaxpr.eqns:
-        inner = [p for p in jax.tree.leaves(equation.params) if hasattr(p, "eqns")]
-        inner += [p.jaxpr for p in equation.params.values() if hasattr(p, "jaxpr")]
+        parameters = (getattr(p, "jaxpr", p) for p in jax.tree.leaves(equation.params))
+        inner = [p for p in parameters if hasattr(p, "eqns")]
         if inner:
             for sub in inner:
                 yield from eqx_equations(sub)
@@ -113,11 +113,11 @@ def test_one_nan_score_of_either_sign_poisons_its_row_only(nan, expert):
     router = biased(np.zeros(SIZE, np.float32))
     logits = np.random.default_rng(0).normal(size=(3, SIZE)).astype(np.float32)
     scores = np.asarray(bx.sqrt_softplus(jnp.asarray(logits)))
-    clean, defined = router.select(jnp.asarray(scores), jnp.asarray(logits), None)
+    clean, defined = router.select(jnp.asarray(scores), jnp.asarray(logits), None, key=None)
     assert np.asarray(defined).all()
     broken = scores.copy()
     broken[1, expert] = np.copysign(np.float32(np.nan), nan)
-    indices, defined = router.select(jnp.asarray(broken), jnp.asarray(logits), None)
+    indices, defined = router.select(jnp.asarray(broken), jnp.asarray(logits), None, key=None)
     assert np.asarray(defined).tolist() == [True, False, True]
     assert expert in np.asarray(indices)[1]  # The answer does not hang on the sign.
     np.testing.assert_array_equal(np.asarray(indices)[[0, 2]], np.asarray(clean)[[0, 2]])
@@ -147,7 +147,7 @@ def test_minus_infinity_is_never_selected_before_a_finite_logit(logits):
     router = biased(np.zeros(SIZE, np.float32))
     logits[:, [1, 4]] = -np.inf
     indices, defined = router.select(
-        bx.sqrt_softplus(jnp.asarray(logits)), jnp.asarray(logits), None
+        bx.sqrt_softplus(jnp.asarray(logits)), jnp.asarray(logits), None, key=None
     )
     assert np.asarray(defined).all() and not np.isin(np.asarray(indices), [1, 4]).any()
 
@@ -157,6 +157,6 @@ def test_groups_with_negative_biased_scores():
     """All the bias below all the scores: the groups that are left out may still not win."""
     scores = np.array([0.1, 0.2, 0.3, 0.4, 0.05, 0.06, 0.07, 0.08])
     logits = np.log(scores / (1 - scores))
-    options = {"score_function": "sigmoid", "num_groups": 4, "num_selected_groups": 2}
+    options = {"score_function": jax.nn.sigmoid, "num_groups": 4, "num_selected_groups": 2}
     for bias in (-0.5, -3.0, -100.0):
         assert by_hand(logits, bias, k=4, **options).indices.tolist() == [3, 2, 1, 0]
