@@ -44,8 +44,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # %% [markdown]
 # ## The router
 #
-# A router has a `bx.Gate`, which computes logits and scores. `bx.AbstractRouter` calls `select`, and
-# the gate turns the scores of the chosen experts into weights. A new router says how it selects.
+# A router has a `bx.Gate`, which computes logits and scores. `bx.AbstractRouter` calls `select`,
+# and the gate turns the scores of the chosen experts into weights. A new router says how it
+# selects.
 #
 # The squared distance from a token `x` to a prototype `w` is `|x|² - 2 x·w + |w|²`. The first part
 # is the same for all experts, and `x·w` is the logit. So `2 logit - |w|²` is highest for the
