@@ -210,7 +210,7 @@ MUTANTS = (
     ),
     Mutant(
         "weight decay leaves the bias alone",
-        "_training/filters.py",
+        "_filters.py",
         'if path and getattr(path[0], "name", None) in untrained:',
         "if False:",
         ("filters::ten_steps_leave_bias_and_table_bit_for_bit[adamw-inexact]",),
