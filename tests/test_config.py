@@ -246,6 +246,16 @@ def test_null_groups_are_one_group_and_gate_temp_is_the_temperature():
     assert (config.num_groups, config.num_selected_groups, config.temperature) == (1, 1, 0.5)
 
 
+def test_softmax_scores_are_divided_only_where_the_file_says_so():
+    """As in DeepSeek's code; the other scores are divided unless the file denies it."""
+    silent = {key: value for key, value in V4_FLASH_JSON.items() if key != "norm_topk_prob"}
+    for name, divided in (("softmax", False), ("sigmoid", True), ("sqrtsoftplus", True)):
+        assert from_hf({**silent, "scoring_func": name}).normalize is divided
+        for said in (True, False):
+            given = {**silent, "scoring_func": name, "norm_topk_prob": said}
+            assert from_hf(given).normalize is said
+
+
 @pytest.mark.parametrize(
     "key",
     ["hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"]

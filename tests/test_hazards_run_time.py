@@ -18,6 +18,7 @@ from cases import (
     ROUTERS,
     VOCAB,
     assert_close,
+    make_dispatch,
     make_inputs,
 )
 from hazard_inputs import BACKEND_NAMES, LAYERS, TOKENS, layer
@@ -74,6 +75,9 @@ def test_a_table_replaced_by_one_of_other_experts_poisons_its_tokens_only():
         np.testing.assert_array_equal(np.asarray(output)[others], np.asarray(clean)[others])
 
 
+UNDEFINED = "A token has no experts: .*`input_ids`.*`routing.indices`.*a score is NaN"
+
+
 def checked(kind="hash"):
     block = layer(kind)
     routed = bx.RoutedMoE(block.routed.router, block.routed.experts, checks=True)
@@ -104,7 +108,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_checks_raise_for_an_id_outside_the_table(name):
     hidden_states, input_ids = make_inputs((TOKENS,))
-    with pytest.raises(RuntimeError, match=r"`input_ids` must be in \[0, vocab=20\)"):
+    with pytest.raises(RuntimeError, match=UNDEFINED):
         jax.block_until_ready(CALLS[name](checked(), hidden_states, input_ids.at[2].set(VOCAB)))
 
 
@@ -114,11 +118,31 @@ def test_checks_raise_for_a_replayed_index_of_no_expert(kind):
     block = checked(kind)
     hidden_states, input_ids = make_inputs((TOKENS,))
     _, routing = call(layer(kind), hidden_states, input_ids)
-    broken = eqx.tree_at(lambda r: r.indices, routing, routing.indices.at[2, 1].set(EXPERTS))
     again = eqx.filter_jit(lambda routing: block(hidden_states, routing=routing)[0])
-    with pytest.raises(RuntimeError, match=r"`routing.indices` must be in \[0, 5\)"):
-        again(broken)
+
+    def replaced(index):
+        indices = routing.indices.at[2, 1].set(index)
+        return eqx.tree_at(lambda r: r.indices, routing, indices)
+
+    for index in (-1, EXPERTS + 1):
+        with pytest.raises(RuntimeError, match=UNDEFINED):
+            jax.block_until_ready(again(replaced(index)))
     assert np.isfinite(np.asarray(again(routing))).all()
+    # Nobody is an answer: the same as an expert of weight 0.
+    without = eqx.tree_at(lambda r: r.weights, routing, routing.weights.at[2, 1].set(0))
+    assert_close(again(replaced(EXPERTS)), again(without))
+
+
+@pytest.mark.hazard(14)
+@every_kind
+def test_checks_raise_for_a_score_of_nan(kind):
+    """Of either router, and of no masked token."""
+    hidden_states, input_ids = make_inputs((TOKENS,))
+    broken = hidden_states.at[2].set(jnp.nan)
+    with pytest.raises(RuntimeError, match=UNDEFINED):
+        jax.block_until_ready(call(checked(kind), broken, input_ids))
+    output, _ = call(checked(kind), broken, input_ids, jnp.arange(TOKENS) != 2)
+    assert np.isfinite(np.asarray(output)).all()
 
 
 @pytest.mark.hazard(14)
