@@ -21,13 +21,13 @@ from unittest import mock
 
 import checkpoints
 import pytest
-from braidax.training import loop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import braidax as bx
 from braidax import __main__ as program
 from braidax._checkpoint.safetensors_writer import write_safetensors
+from braidax.training import loop
 
 COUNT = int(os.environ.get("BRAIDAX_FUZZ", "300"))
 LONGEST_MESSAGE = 800
