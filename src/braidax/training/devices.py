@@ -12,6 +12,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -34,10 +35,10 @@ class Devices:
         arrays, static = eqx.partition(self.parallel.shard(state), eqx.is_array)
         return eqx.combine(jax.device_put(arrays, self.parallel.shardings(arrays)), static)
 
-    def spread(self, windows: Int[np.ndarray, "batch _"]) -> Int[Array | np.ndarray, "batch _"]:
+    def spread(self, windows: Int[np.ndarray, "batch _"]) -> Int[Array, "batch _"]:
         """The windows over all devices if they divide, else on every device."""
         if self.parallel is None:
-            return windows
+            return jnp.asarray(windows)
         divides = len(windows) % self.parallel.layout.token_shards == 0
         spec = PartitionSpec(self.parallel.tokens) if divides else PartitionSpec()
         return jax.device_put(windows, NamedSharding(self.parallel.mesh, spec))

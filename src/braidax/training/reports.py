@@ -108,7 +108,8 @@ def _draw_balance(folder: pathlib.Path, loads: list, names: tuple[str, ...], row
 
     figure, table = Figure(figsize=(8, 7), layout="constrained"), np.array(rows)
     # Two figures in one: the legend of one must not squeeze the other.
-    upper, lower = (part.subplots() for part in figure.subfigures(2, 1, height_ratios=(3, 2)))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(3, 2))
+    upper, lower = (part.subplots() for part in parts)
     _inspect.plot_balance(table[:, 0], table[:, -len(names) :], ax=upper, layer_names=names)
     _inspect.plot_load(np.array(loads), ax=lower, layer_names=names)
     lower.set_title("Expert load on held-out text")
