@@ -13,8 +13,8 @@ nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = True  # never a silent skip
 
 PROJECT = nox.project.load_toml("pyproject.toml")
-# A file stays in one process: its tests share what they have compiled.
-PYTEST = ("pytest", "-n", "auto", "--dist", "loadfile", "--durations=25")
+# Each process takes neighbours, which share what they have compiled, until there is none left.
+PYTEST = ("pytest", "-n", "auto", "--dist", "worksteal", "--durations=25")
 LINTED = ("src", "tests", "notebooks", "docs", "noxfile.py")
 
 
@@ -83,7 +83,8 @@ def parity(session: nox.Session) -> None:
     for requirement in group("parity"):
         session.install(requirement)
     session.install("-e", ".", *group("test"))
-    session.run("pytest", "tests/parity", *session.posargs)
+    optimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # the numbers that a user gets
+    session.run("pytest", "tests/parity", *session.posargs, env=optimized)
 
 
 @nox.session(default=False, venv_backend="virtualenv")

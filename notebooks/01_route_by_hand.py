@@ -33,7 +33,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import braidax as bx
-from braidax._dispatch import sorted_dispatch
 
 # Full float32 products on every platform, so that the checks hold on a GPU too.
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -82,9 +81,9 @@ scaling_factor, limit = 1.5, 1.0
 random = np.random.default_rng(185)  # a seed for which the bias and the clamp both matter
 x = random.integers(-20, 21, (tokens, hidden)) / 10
 gate_weight = random.integers(-9, 10, (experts, hidden)) / 10
-gate_up = random.integers(-9, 10, (experts, 2 * intermediate, hidden)) / 10
+gate_up = random.integers(-9, 10, (experts, 2, intermediate, hidden)) / 10
 down = random.integers(-9, 10, (experts, intermediate, hidden)) / 10
-shared_gate_up = random.integers(-9, 10, (2 * intermediate, hidden)) / 10
+shared_gate_up = random.integers(-9, 10, (2, intermediate, hidden)) / 10
 shared_down = random.integers(-9, 10, (intermediate, hidden)) / 10
 bias = np.array([0.2, -0.2, 0.1, 0.0, -0.1, 0.0])
 
@@ -116,10 +115,12 @@ def with_values(module, **values):
 
 
 router = bx.TopKRouter(hidden, experts, top_k, scaling_factor=scaling_factor, key=keys[0])
-router = with_values(router, weight=gate_weight, score_correction_bias=bias)
-stack = bx.SwiGLUExperts(experts, hidden, intermediate, limit=limit, key=keys[1])
+router = with_values(router, score_correction_bias=bias)
+router = eqx.tree_at(lambda r: r.gate, router, with_values(router.gate, weight=gate_weight))
+activation = bx.activations.swiglu(limit)
+stack = bx.Experts(experts, hidden, intermediate, activation=activation, key=keys[1])
 stack = with_values(stack, gate_up=gate_up, down=down)
-shared = bx.SwiGLU(hidden, intermediate, limit=limit, key=keys[2])
+shared = bx.FeedForward(hidden, intermediate, activation=activation, key=keys[2])
 shared = with_values(shared, gate_up=shared_gate_up, down=shared_down)
 block = bx.RoutedAndSharedMoE(bx.RoutedMoE(router, stack), shared)
 
@@ -227,10 +228,23 @@ table(
     digits=1,
 )
 print()
-plan = sorted_dispatch(routing.indices, None, experts)
-check("order", order, plan.order)
-check(f"group_sizes {group_sizes}", group_sizes, plan.group_sizes)
-check("rows", rows, plan.gather(hidden_states))
+seen = {}
+
+
+class ShownExperts(bx.AbstractExperts):
+    """Experts that keep what they are given, and hand their rows back."""
+
+    def __call__(self, rows, group_sizes, matmul):
+        jax.debug.callback(
+            lambda *given: seen.update(rows=given[0], sizes=given[1]), rows, group_sizes
+        )
+        return rows
+
+
+bx.RoutedMoE(router, ShownExperts())(hidden_states)
+jax.effects_barrier()
+check(f"group_sizes {group_sizes}", group_sizes, seen["sizes"])
+check("rows", rows, seen["rows"])
 
 # %% [markdown]
 # ## Stage 3: experts
@@ -246,32 +260,29 @@ def silu(values):
 
 
 def swiglu(row, gate_up, down):
-    gate, up = np.split(gate_up @ row, 2)
+    gate, up = gate_up @ row
     return (silu(np.minimum(gate, limit)) * np.clip(up, -limit, limit)) @ down
 
 
 first = row_expert[0]
-gate, up = np.split(gate_up[first] @ rows[0], 2)
+gate, up = gate_up[first] @ rows[0]
 clamped_gate, clamped_up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-activation = silu(clamped_gate) * clamped_up
+activated = silu(clamped_gate) * clamped_up
 units = [f"u{i}" for i in range(intermediate)]
 print(f"expert {first}, row 0 = token {names[row_token[0]]}: weights")
 table(
     ["unit", *[f"gate {c}" for c in coordinates], *[f"up {c}" for c in coordinates]],
-    [
-        [units[i], *gate_up[first, i], *gate_up[first, intermediate + i]]
-        for i in range(intermediate)
-    ],
+    [[units[i], *gate_up[first, 0, i], *gate_up[first, 1, i]] for i in range(intermediate)],
     digits=1,
 )
 print("\ngate = gate weights · row, up = up weights · row")
 table(
     ["unit", "gate", "clamped", "silu", "up", "clamped", "silu * up"],
-    zip(units, gate, clamped_gate, silu(clamped_gate), up, clamped_up, activation, strict=True),
+    zip(units, gate, clamped_gate, silu(clamped_gate), up, clamped_up, activated, strict=True),
 )
 print("\ndown weights, and the output: activation · down")
 by_unit = [[units[i], *[f"{v:.1f}" for v in down[first, i]]] for i in range(intermediate)]
-table(["", *coordinates], [*by_unit, ["output", *(activation @ down[first])]])
+table(["", *coordinates], [*by_unit, ["output", *(activated @ down[first])]])
 assert (gate > limit).any() and (up > limit).any() and (up < -limit).any()
 
 # %%
@@ -287,7 +298,7 @@ print()
 for e in range(experts):  # each expert alone, as a SwiGLU of its own
     alone = with_values(shared, gate_up=gate_up[e], down=down[e])
     mine = row_expert == e
-    assert np.allclose(alone(plan.gather(hidden_states))[mine], row_outputs[mine], atol=1e-5)
+    assert np.allclose(alone(seen["rows"])[mine], row_outputs[mine], atol=1e-5)
 print("✓ 16 expert outputs: by hand = braidax")
 
 # %% [markdown]
@@ -337,7 +348,7 @@ for token_id, row in enumerate(hash_table):
 hash_router = bx.HashRouter(
     hidden, experts, top_k, table=hash_table, scaling_factor=scaling_factor, key=keys[3]
 )
-hash_router = with_values(hash_router, weight=gate_weight)
+hash_router = eqx.tree_at(lambda r: r.gate, hash_router, router.gate)
 input_ids = jnp.asarray(ids, jnp.int32)
 hashed = hash_router(hidden_states, input_ids)
 
@@ -422,8 +433,9 @@ plt.show()
 # ## Padding
 #
 # The last word becomes padding: `mask` is `False`, and to make it hard its hidden state is NaN.
-# Its two assignments are sorted behind all others, into no group. Its output is 0, it is not
-# counted, and the other seven tokens keep their output.
+# Its two assignments go to *nobody*, the index 6 after the last expert. Nobody's rows are sorted
+# behind all others, into no group. The output of the word is 0, the word is not counted, and the
+# other seven tokens keep their output.
 
 # %%
 mask = np.arange(tokens) < 7
@@ -432,7 +444,8 @@ padded_output, padded_routing = block(padded_states, mask=jnp.asarray(mask))
 
 kept = np.where(mask[:, None], indices, experts).reshape(-1)
 padded_sizes = np.bincount(kept, minlength=experts + 1)[:experts]
-padded_plan = sorted_dispatch(padded_routing.indices, padded_routing.mask, experts)
+bx.RoutedMoE(router, ShownExperts())(padded_states, mask=jnp.asarray(mask))
+jax.effects_barrier()
 table(
     ["", *expert_names, "sum"],
     [
@@ -442,10 +455,11 @@ table(
 )
 print("\noutput of the masked token:", np.asarray(padded_output[7]))
 print("its weights:               ", np.asarray(padded_routing.weights[7]), "\n")
-check("group_sizes", padded_sizes, padded_plan.group_sizes)
+check("group_sizes", padded_sizes, seen["sizes"])
 check("load", padded_sizes, bx.expert_load(padded_routing))
 check("output", np.where(mask[:, None], by_hand, 0), padded_output)
-assert sorted(np.asarray(padded_plan.order[-2:])) == [14, 15]
+assert padded_routing.indices[7].tolist() == [experts, experts]
+assert np.isnan(seen["rows"][-2:]).all() and np.isfinite(seen["rows"][:-2]).all()
 
 # %% [markdown]
 # ## Load and balance

@@ -35,9 +35,9 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from braidax.training import read_corpus
 
 import braidax as bx
-from braidax._training.corpus import read_corpus
 
 num_experts, experts_per_token = 16, 4
 
@@ -271,8 +271,8 @@ keys = jax.random.split(jax.random.key(0), 4)
 router = bx.HashRouter(
     hidden, num_experts, experts_per_token, table=tables["words"]["balanced"], key=keys[0]
 )
-experts = bx.SwiGLUExperts(num_experts, hidden, 16, key=keys[1])
-shared = bx.SwiGLU(hidden, 16, key=keys[2])
+experts = bx.Experts(num_experts, hidden, 16, key=keys[1])
+shared = bx.FeedForward(hidden, 16, key=keys[2])
 layer = bx.RoutedAndSharedMoE(bx.RoutedMoE(router, experts), shared)
 
 input_ids = words(corpus.held_out)[:4096].reshape(4, 1024)

@@ -34,13 +34,16 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from braidax.training import (
+    LanguageModel,
+    Settings,
+    held_out_windows,
+    read_corpus,
+    training_windows,
+)
 from IPython.display import display
 
 import braidax as bx
-from braidax._training.corpus import read_corpus
-from braidax._training.language_model import LanguageModel
-from braidax._training.settings import Settings
-from braidax._training.windows import held_out_windows, training_windows
 
 # The model of `python -m braidax train`, smaller: 2 decoder layers, both routed by top-k.
 settings = Settings(

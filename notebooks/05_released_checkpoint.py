@@ -66,12 +66,12 @@ config_json = {
 config = bx.MoEConfig.from_hf(config_json)
 for name, value in vars(config).items():
     print(f"{name:22} {value}")
-assert bx.is_hash_layer(config, 0) and not bx.is_hash_layer(config, 1)
+assert config.is_hash_layer(0) and not config.is_hash_layer(1)
 
 # %% [markdown]
 # ## Write the files
 #
-# `bx.save_moe` writes one layer in the released names. `quantisation="fp4"` stores it as
+# `bx.save_moe` writes one layer in the released names. `quantization="fp4"` stores it as
 # DeepSeek-V4 does: experts in FP4, the shared expert in FP8, the router untouched. The index says
 # which tensor is in which shard.
 
@@ -100,11 +100,11 @@ def raw(path, name, dtype=np.uint8):
 original, shards = [], [folder / f"model-{i:05}-of-00002.safetensors" for i in (1, 2)]
 for layer_idx, key in enumerate(jax.random.split(jax.random.key(0), 2)):
     layer = bx.RoutedAndSharedMoE.from_config(config, layer_idx, dtype=jnp.bfloat16, key=key)
-    if not bx.is_hash_layer(config, layer_idx):  # a new bias is zero, a trained one is not
+    if not config.is_hash_layer(layer_idx):  # a new bias is zero, a trained one is not
         bias = 0.05 * jax.random.normal(key, (config.num_experts,))
         layer = eqx.tree_at(lambda m: m.routed.router.score_correction_bias, layer, bias)
     original.append(layer)
-    bx.save_moe(shards[layer_idx], layer, layer_idx, quantisation="fp4")
+    bx.save_moe(shards[layer_idx], layer, layer_idx, quantization="fp4")
 
 weight_map = {name: path.name for path in shards for name in read_header(path)[0]}
 index = {"metadata": {}, "weight_map": weight_map}
@@ -212,7 +212,7 @@ for i in range(4):
     pair = f"{by_hand[0, 2 * i]:>9.6f}, {by_hand[0, 2 * i + 1]:>9.6f}"
     print(f"{byte:02x}     {low:15}  {high:15}  {factor:11}  {pair}")
 
-gate = decoded[1].routed.experts.gate_up[3, : config.intermediate_size]
+gate = decoded[1].routed.experts.gate_up[3, 0]
 assert np.array_equal(by_hand, np.asarray(gate, np.float64))
 print(f"\n✓ all {by_hand.size:,} numbers of the matrix: by hand = bx.load_moe, bit for bit")
 
@@ -247,7 +247,7 @@ print(f"✓ all {by_hand_fp8.size:,} numbers of the matrix: by hand = bx.load_mo
 # matrices of the layer. FP8 has two more bits of mantissa than FP4, and its error is much smaller.
 
 # %%
-gate = np.asarray(original[1].routed.experts.gate_up[3, : config.intermediate_size], np.float64)
+gate = np.asarray(original[1].routed.experts.gate_up[3, 0], np.float64)
 
 
 def relative_error(before, after):
@@ -326,7 +326,7 @@ bx.report(routings, model=decoded, input_ids=input_ids)
 # %% [markdown]
 # ## Save it back
 #
-# Packed experts are written as the bytes they are. Decoded experts, saved without quantisation,
+# Packed experts are written as the bytes they are. Decoded experts, saved without quantization,
 # give the same layer when they are loaded again. In both cases the layer is the same bit for bit.
 
 # %%
@@ -350,7 +350,7 @@ bx.save_moe(copy, decoded[1], 1)
 assert same_bits(bx.load_moe(copy, 1, config=config), decoded[1])
 print("✓ float32: the same layer after saving and loading")
 
-bx.save_moe(copy, decoded[1], 1, quantisation="fp4")
+bx.save_moe(copy, decoded[1], 1, quantization="fp4")
 assert same_bits(bx.load_moe(copy, 1, config=config), decoded[1])
 print("✓ float32 to FP4 again: nothing is lost the second time")
 temporary.cleanup()
@@ -364,4 +364,4 @@ temporary.cleanup()
 #   for each group of 32.
 # * `bx.load_moe(folder, layer_idx)` decodes exactly. `dtype="packed"` keeps the bytes and computes
 #   the same.
-# * Quantising twice loses nothing more than quantising once.
+# * Quantizing twice loses nothing more than quantizing once.

@@ -85,7 +85,7 @@ def spread(shape, strategy="gather", capacity=None):
 
 
 parallel, sharded, tokens = spread((1, 4))
-print("device  gate_up (experts, 2 × intermediate, hidden)  experts   tokens")
+print("device  gate_up (experts, 2, intermediate, hidden)  experts   tokens")
 for weights, states in zip(
     sharded.routed.experts.gate_up.addressable_shards, tokens.addressable_shards, strict=True
 ):
@@ -96,7 +96,7 @@ for weights, states in zip(
         f"{weights.device.id:>6}  {str(weights.data.shape):43}  {rows[0]:>2} - {rows[-1]:<2}"
         f"  {own[0]:>3} - {own[-1]}"
     )
-    assert weights.data.shape == (EXPERTS // 4, 2 * INTERMEDIATE, HIDDEN)
+    assert weights.data.shape == (EXPERTS // 4, 2, INTERMEDIATE, HIDDEN)
 
 # %% [markdown]
 # ## The answer is the same

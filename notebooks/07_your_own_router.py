@@ -44,8 +44,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # %% [markdown]
 # ## The router
 #
-# `bx.AbstractRouter` computes logits and scores, calls `select`, and turns the scores of the chosen
-# experts into weights. A new router says which fields it has, and how it selects.
+# A router has a `bx.Gate`, which computes logits and scores. `bx.AbstractRouter` calls `select`,
+# and the gate turns the scores of the chosen experts into weights. A new router says how it
+# selects.
 #
 # The squared distance from a token `x` to a prototype `w` is `|x|² - 2 x·w + |w|²`. The first part
 # is the same for all experts, and `x·w` is the logit. So `2 logit - |w|²` is highest for the
@@ -56,17 +57,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 class PrototypeRouter(bx.AbstractRouter):
     """Selects the experts whose prototypes are nearest, plus a price for busy ones."""
 
-    weight: Float[Array, "experts hidden"]
-    price: Float[Array, " experts"]
+    gate: bx.Gate
     num_experts_per_token: int = eqx.field(static=True)
-    score_function: str = eqx.field(static=True, default="sqrtsoftplus")
-    normalize: bool = eqx.field(static=True, default=True)
-    scaling_factor: float = eqx.field(static=True, default=1.0)
-    temperature: float = eqx.field(static=True, default=1.0)
+    price: Float[Array, " experts"]
     untrained_fields: ClassVar[tuple[str, ...]] = ("price",)
 
-    def select(self, scores, logits, input_ids):
-        nearness = 2 * logits * self.temperature - jnp.sum(self.weight**2, axis=-1) - self.price
+    def select(self, scores, logits, input_ids, *, key):
+        nearness = 2 * logits - jnp.sum(self.gate.weight**2, axis=-1) - self.price
         _, indices = jax.lax.top_k(jax.lax.stop_gradient(nearness), self.num_experts_per_token)
         return indices, ~jnp.isnan(nearness).any(axis=-1)
 
@@ -87,15 +84,13 @@ class PrototypeRouter(bx.AbstractRouter):
 # %%
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, PER_TOKEN = 512, 16, 32, 8, 2
 keys = jax.random.split(jax.random.key(0), 6)
-router = PrototypeRouter(
-    weight=jax.random.normal(keys[0], (EXPERTS, HIDDEN)),
-    price=jnp.zeros(EXPERTS),
-    num_experts_per_token=PER_TOKEN,
-)
+gate = bx.Gate(HIDDEN, EXPERTS, key=keys[0])
+gate = eqx.tree_at(lambda g: g.weight, gate, jax.random.normal(keys[0], (EXPERTS, HIDDEN)))
+router = PrototypeRouter(gate, PER_TOKEN, price=jnp.zeros(EXPERTS))
 x = jax.random.normal(keys[1], (TOKENS, HIDDEN))
 routing = router(x)
 
-points, prototypes = np.asarray(x, np.float64), np.asarray(router.weight, np.float64)
+points, prototypes = np.asarray(x, np.float64), np.asarray(router.gate.weight, np.float64)
 distance = np.linalg.norm(points[:, None] - prototypes[None], axis=-1)
 nearest = np.argsort(distance, axis=1)[:, :PER_TOKEN]
 assert np.array_equal(nearest, routing.indices)
@@ -117,9 +112,9 @@ class SquaredReLUExperts(bx.AbstractExperts):
     up: Float[Array, "experts intermediate hidden"]
     down: Float[Array, "experts intermediate hidden"]
 
-    def __call__(self, rows, group_sizes, grouped_matmul):
-        before = grouped_matmul(rows, self.up, group_sizes, True)  # True: times the transpose
-        return grouped_matmul(jax.nn.relu(before) ** 2, self.down, group_sizes, False)
+    def __call__(self, rows, group_sizes, matmul):
+        before = matmul(rows, self.up, group_sizes, transposed=True)
+        return matmul(jax.nn.relu(before) ** 2, self.down, group_sizes)
 
 
 shape = (EXPERTS, INTERMEDIATE, HIDDEN)
@@ -293,7 +288,7 @@ plt.show()
 # %% [markdown]
 # ## Save and load
 #
-# Equinox serialises any module. `bx.save_moe` writes the names of DeepSeek's releases, where such a
+# Equinox serializes any module. `bx.save_moe` writes the names of DeepSeek's releases, where such a
 # router does not exist, so it refuses.
 
 # %%
@@ -302,7 +297,7 @@ with tempfile.TemporaryDirectory() as folder:
     eqx.tree_serialise_leaves(path, priced)
     loaded = eqx.tree_deserialise_leaves(path, like=block)
     try:
-        shared = bx.SwiGLU(HIDDEN, INTERMEDIATE, key=keys[0])
+        shared = bx.FeedForward(HIDDEN, INTERMEDIATE, key=keys[0])
         moe = bx.RoutedAndSharedMoE(priced, shared)
         bx.save_moe(pathlib.Path(folder, "layer.safetensors"), moe, 0)
     except TypeError as error:
@@ -318,7 +313,7 @@ print("✓ the loaded block is the saved one, bit for bit")
 # %% [markdown]
 # ## What to remember
 #
-# * A router is its fields and a `select`. Logits, scores, weights and padding are taken care of.
+# * A router is a gate and a `select`. Logits, scores, weights and padding are taken care of.
 # * Experts are a function of rows and group sizes. The product to use is handed to them.
 # * `untrained_fields` and `rebalanced` connect a router to the optimizer and to balancing.
 # * Dispatch, losses, reports and plots only look at the `Routing`, so they work with any router.

@@ -35,8 +35,8 @@ MUTANTS = (
     Mutant(
         "an unknown id gives NaN",
         "_router/base.py",
-        "weights = jnp.where(defined[..., None], weights, jnp.nan)",
-        "",
+        "weights = jnp.where(undefined, jnp.nan, zero_masked(weights, mask))",
+        "weights = zero_masked(weights, mask)",
         ("hazards_run_time::ids_outside_the_table_poison_their_tokens_only[blocks]",),
     ),
     Mutant(
@@ -55,8 +55,8 @@ MUTANTS = (
     ),
     Mutant(
         "ids of another shape are refused",
-        "_router/hash.py",
-        "if jnp.shape(input_ids) != batch:",
+        "_router/base.py",
+        "if jnp.shape(input_ids) != tuple(batch):",
         "if False:",
         ("hazards_call::a_call_is_refused_alike_eager_and_under_jit",),
     ),
@@ -69,22 +69,22 @@ MUTANTS = (
     ),
     Mutant(
         "checks raise for unknown ids",
-        "_router/hash.py",
-        "            unknown if mask is None else unknown & mask,",
-        "            unknown & False,",
+        "_moe.py",
+        "jnp.isnan(routing.weights),",
+        "jnp.isnan(routing.weights) & False,",
         ("hazards_run_time::checks_raise_for_an_id_outside_the_table[jit]",),
     ),
     Mutant(
-        "checks overlook padding",
-        "_router/hash.py",
-        "            unknown if mask is None else unknown & mask,",
-        "            unknown,",
+        "an unknown id in padding is no error",
+        "_router/base.py",
+        "undefined = ~defined[..., None] & (indices < scores.shape[-1])",
+        "undefined = ~defined[..., None]",
         ("hazards_run_time::checks_change_nothing_else[hash]",),
     ),
     Mutant(
         "a replayed index of no expert gives NaN",
         "_replay.py",
-        "weights = jnp.where(defined, routing.weights, jnp.nan)",
+        "weights = jnp.where(valid.all(axis=-1, keepdims=True), routing.weights, jnp.nan)",
         "weights = routing.weights",
         ("moe::replaying_an_index_of_no_expert_poisons_its_token_only[-1-blocks]",),
     ),
@@ -125,7 +125,7 @@ MUTANTS = (
     ),
     Mutant(
         "the gate multiplies at the highest precision",
-        "_router/base.py",
+        "_router/gate.py",
         "precision=jax.lax.Precision.HIGHEST",
         "precision=jax.lax.Precision.DEFAULT",
         ("hazards_top_k::every_gate_multiplies_in_float32_at_the_highest_precision",),
@@ -138,46 +138,67 @@ MUTANTS = (
         ("scoring::second_derivative", "hazards_scores::derivatives_of_second_order_in_both_modes"),
     ),
     Mutant(
-        "the normaliser scales before it divides",
+        "the normalizer scales before it divides",
         "_scoring.py",
         "scale = jnp.ldexp(jnp.ones_like(largest), -exponent)",
         "scale = jnp.ones_like(largest)",
-        ("scoring::normaliser_gradient",),
+        ("scoring::normalizer_gradient",),
     ),
     Mutant(
         "the slope at the limit is the full one",
-        "_experts/swiglu.py",
-        "gate = jnp.where(gate > limit, limit, gate)",
-        "gate = jnp.minimum(gate, limit)",
+        "_experts/activations.py",
+        "gate = jnp.where(gate > self.limit, self.limit, gate)",
+        "gate = jnp.minimum(gate, self.limit)",
         ("hazards_precision::the_clamp_at_every_limit",),
     ),
     Mutant(
         "a gate far below has slope 0, not NaN",
-        "_experts/swiglu.py",
+        "_experts/activations.py",
         "_LOWEST_GATE = -1000.0",
         "_LOWEST_GATE = -3.4e38",
         ("hazards_precision::the_clamp_at_every_limit[float32]",),
     ),
     Mutant(
         "a block's gradient leaves its neighbours' rows out",
-        "_experts/block_feed_forward.py",
-        "jnp.where(live, window(array, start, size, array.dtype)[0], 0)",
-        "window(array, start, size, array.dtype)[0]",
+        "_matmul/block_loop.py",
+        "return jnp.where(self.live(), self.take(array, array.dtype), 0)",
+        "return self.take(array, array.dtype)",
         ("hazards_experts::a_broken_token_reaches_itself_and_its_experts",),
     ),
     Mutant(
         "duplicates add",
         "_dispatch/dense.py",
-        "self.indices].add(",
-        "self.indices].set(",
+        "by_expert.at[token, indices].add(",
+        "by_expert.at[token, indices].set(",
         ("hazards_experts::an_expert_named_twice_is_the_expert_with_both_weights[dense]",),
     ),
     Mutant(
         "padding is not counted",
-        "_balance.py",
-        "indices = jnp.where(mask[..., None], indices, num_experts)",
-        "pass",
+        "_routing.py",
+        "indices if mask is None else jnp.where(mask[..., None], indices, num_experts)",
+        "indices",
         ("hazards_state::shards_are_summed_before_the_sign",),
+    ),
+    Mutant(
+        "rows of nobody are cleared",
+        "_matmul/base.py",
+        "return jnp.where(owned[:, None], rows, 0)",
+        "return rows",
+        ("moe::an_assignment_to_nobody_is_left_out",),
+    ),
+    Mutant(
+        "a capacity keeps the first to come",
+        "_routing.py",
+        "left_out = ((place >= capacity)",
+        "left_out = ((place > capacity)",
+        ("moe::capacity_against_a_recount",),
+    ),
+    Mutant(
+        "softmax obeys `normalize` as every score function does",
+        "_router/gate.py",
+        "if self.normalize:",
+        "if self.normalize and self.score_function is not jax.nn.softmax:",
+        ("routers::softmax_weights_are_normalized_by_default",),
     ),
     Mutant(
         "the sign is decided in integers",
@@ -189,7 +210,7 @@ MUTANTS = (
     ),
     Mutant(
         "weight decay leaves the bias alone",
-        "_training/filters.py",
+        "_filters.py",
         'if path and getattr(path[0], "name", None) in untrained:',
         "if False:",
         ("filters::ten_steps_leave_bias_and_table_bit_for_bit[adamw-inexact]",),
@@ -198,7 +219,7 @@ MUTANTS = (
 
 
 def node_id(name: str) -> str:
-    """`moe::x` is `tests/test_moe.py::test_x`, as in `hazards.py`."""
+    """`moe::x` is `tests/test_moe.py::test_x`."""
     file, function = name.split("::")
     return f"tests/test_{file}.py::test_{function}"
 

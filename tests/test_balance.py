@@ -312,7 +312,7 @@ def test_center_subtracts_the_mean_of_the_update():
         (jnp.zeros(3), jnp.zeros(3, jnp.int32), float("nan"), ValueError, "`rate` must be finite"),
         (jnp.zeros(3), jnp.zeros(3, jnp.int32), jnp.inf, ValueError, "Got inf"),
         (jnp.zeros(3), jnp.zeros(3, jnp.int32), jnp.zeros(2), ValueError, "`rate` must be a scal"),
-        (jnp.zeros(3), jnp.zeros(3), 0.1, TypeError, "`load` must hold integer.*float32"),
+        (jnp.zeros(3), jnp.zeros(3), 0.1, TypeError, "`load` must have an integer.*float32"),
         (jnp.zeros(3), jnp.zeros(4, jnp.int32), 0.1, ValueError, r"same shape.*\(3,\) and \(4,\)"),
         (jnp.zeros((2, 3)), jnp.zeros(3, jnp.int32), 0.1, ValueError, "same shape"),
     ],

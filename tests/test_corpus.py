@@ -1,17 +1,19 @@
-import dataclasses
 import errno
 import hashlib
-import math
 import os
 import pathlib
 
 import numpy as np
 import pytest
 
-from braidax._training.corpus import CorpusError, check_length, read_corpus
-from braidax._training.held_out import HeldOutPass
-from braidax._training.settings import Settings
-from braidax._training.windows import held_out_windows, training_windows
+from braidax.training import (
+    Settings,
+    UserError,
+    held_out_windows,
+    read_corpus,
+    training_windows,
+)
+from braidax.training.reports import bits_per_byte, held_out_batches
 
 
 def write_files(folder, contents):
@@ -38,7 +40,7 @@ def test_split_is_by_file_and_by_the_md5_of_the_relative_path(tmp_path):
     assert list(corpus.training_files) == sorted(set(MANY) - set(expected))
     assert corpus.held_out.tobytes() == file_bytes(MANY, corpus.held_out_files)
     assert corpus.training.tobytes() == file_bytes(MANY, corpus.training_files)
-    assert corpus.num_files == 60 and "by file" in corpus.split
+    assert corpus.identity()["files"] == 60
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
@@ -71,8 +73,7 @@ def test_binary_empty_and_hidden_files_are_left_out_and_counted(tmp_path):
     write_files(tmp_path, {"a": b"text", "b": b"more", "c": b"\x00\x01", "d": b"", ".git/e": b"no"})
     corpus = read_corpus(str(tmp_path))
     assert sorted(corpus.training_files + corpus.held_out_files) == ["a", "b"]
-    assert (corpus.binary_files, corpus.empty_files) == (1, 1)
-    assert "1 binary and 1 empty" in corpus.describe()
+    assert corpus.skipped_files == 2 and "files 2, skipped files 2" in corpus.describe()
     assert corpus.sha256 in corpus.describe()
 
 
@@ -82,7 +83,7 @@ def test_a_single_file_is_split_by_position(tmp_path):
         corpus = read_corpus(str(text))
         assert corpus.training.tolist() == list(range(1, 181))
         assert corpus.held_out.tolist() == list(range(181, 201))
-        assert corpus.num_files == 1 and "by position" in corpus.describe()
+        assert corpus.identity()["files"] == 1
 
 
 def test_standard_library_without_tests_and_installed_packages():
@@ -93,7 +94,7 @@ def test_standard_library_without_tests_and_installed_packages():
     assert not any(left_out.intersection(name.split("/")) for name in names)
     assert all(name.endswith(".py") for name in names)
     assert 0.05 < len(corpus.held_out_files) / len(names) < 0.15
-    assert corpus.identity()["bytes"] > 1_000_000
+    assert corpus.training.size > 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_standard_library_without_tests_and_installed_packages():
         (None, "no such file"),
         ({}, "no text to train on"),
         ({"a": b""}, "no text to train on"),
-        ({"a": b"\0"}, "1 binary"),
+        ({"a": b"\0"}, "1 files, empty or binary"),
         ({"a": b"short", "b": b"short"}, "too short"),
     ],
 )
@@ -111,8 +112,8 @@ def test_unusable_text_is_one_clear_line(tmp_path, contents, message):
     if contents is not None:
         folder.mkdir()
         write_files(folder, contents)
-    with pytest.raises(CorpusError, match=message) as error:
-        check_length(read_corpus(str(folder)), 128)
+    with pytest.raises(UserError, match=message) as error:
+        read_corpus(str(folder), length=128)
     assert "\n" not in str(error.value)
 
 
@@ -127,7 +128,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(CorpusError, match="cannot read .*locked: Permission denied"):
+    with pytest.raises(UserError, match="cannot read .*locked: Permission denied"):
         read_corpus(str(tmp_path))
 
 
@@ -160,15 +161,10 @@ def test_held_out_windows_are_fixed_disjoint_and_spread():
     assert every.shape == (10, 10) and every.ravel().tolist() == list(range(100))
 
 
-def test_the_held_out_pass_is_the_mean_over_whole_batches(tmp_path):
-    """50 bytes are 5 windows of 10: two batches of 2, and one window left out."""
-    (tmp_path / "text").write_bytes(b"text" * 50)
-    corpus = read_corpus(str(tmp_path / "text"))
-    corpus = dataclasses.replace(corpus, held_out=np.arange(50, dtype=np.uint8))
-    losses = iter([math.log(2), 4 * math.log(2)] * 2)
-    settings = Settings(batch=2, length=9, eval_windows=100)
-    held_out = HeldOutPass(settings, corpus, lambda windows: (next(losses), windows[:, 0].tolist()))
-    for _ in range(2):  # a second pass begins anew
-        assert list(held_out) == [[0, 10], [20, 30]]
-        assert held_out.bits_per_byte == 2.5
-    assert held_out.num_bytes == 4 * 9
+def test_the_held_out_pass_is_over_whole_batches_and_its_loss_is_their_mean(tmp_path):
+    """200 bytes are 20 held out, 5 windows of 4: two batches of 2, and one window left out."""
+    (tmp_path / "text").write_bytes(bytes(range(1, 201)))
+    settings = Settings(batch=2, length=3, eval_windows=100)
+    batches = held_out_batches(settings, read_corpus(str(tmp_path / "text")))
+    assert batches.shape == (2, 2, 4) and batches[:, :, 0].tolist() == [[181, 185], [189, 193]]
+    assert bits_per_byte([np.log(2), 4 * np.log(2)]) == 2.5

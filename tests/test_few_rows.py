@@ -12,6 +12,8 @@ import braidax as bx
 from braidax._matmul.few_rows import tile_size
 from braidax._matmul.single_rows import are_single_rows
 
+pytestmark = pytest.mark.optimized  # what is chosen for speed is what XLA optimizes
+
 GROUPS, HIDDEN, INTERMEDIATE, LIMIT = 6, 10, 7, 1.0
 ROWS = 13  # In no tile and no step of four tiles a whole number of times.
 # With float32 weights, half of the groups or more in use are multiplied with the whole stack first.

@@ -1,4 +1,4 @@
-"""What an optimiser may touch, and the bias update over whole models."""
+"""What an optimizer may touch, and the bias update over whole models."""
 
 import inspect
 
@@ -69,8 +69,8 @@ def test_trainable_is_false_on_bias_table_and_functions():
     model = Model()
     spec = bx.trainable(model)
     assert jax.tree.structure(spec) == jax.tree.structure(jax.tree.map(lambda _: 0, model))
-    assert spec.routers[0].weight is True and spec.routers[0].table is False
-    assert spec.routers[1].weight is True and spec.routers[1].score_correction_bias is False
+    assert spec.routers[0].gate.weight is True and spec.routers[0].table is False
+    assert spec.routers[1].gate.weight is True and spec.routers[1].score_correction_bias is False
     assert spec.projections[0].weight is True and spec.activation is False
     params, static = eqx.partition(model, spec)
     assert params.routers[1].score_correction_bias is None and params.routers[0].table is None
@@ -90,16 +90,16 @@ def test_decay_mask_keeps_the_structure_of_params():
     for params in (
         model,
         eqx.filter(model, eqx.is_inexact_array),
-        eqx.tree_at(lambda m: m.routers[1].weight, model, optax.MaskedNode()),
+        eqx.tree_at(lambda m: m.routers[1].gate.weight, model, optax.MaskedNode()),
     ):
         mask = bx.decay_mask(params)
         assert jax.tree.structure(mask) == jax.tree.structure(params)
         assert mask.routers[1].score_correction_bias is False
-        assert mask.routers[2].weight is True and mask.projections[0].bias is True
+        assert mask.routers[2].gate.weight is True and mask.projections[0].bias is True
     assert bx.decay_mask(model).routers[0].table is False
 
 
-OPTIMISERS = {
+OPTIMIZERS = {
     "adamw": optax.adamw(1e-1, weight_decay=0.1, mask=bx.decay_mask),
     "lion": optax.lion(1e-1, weight_decay=0.1, mask=bx.decay_mask),
     "momentum": optax.sgd(1e-1, momentum=0.9),
@@ -111,32 +111,39 @@ OPTIMISERS = {
 }
 
 
+@eqx.filter_jit
+@eqx.filter_grad
+def gradient_of(params, static):
+    output, routings = eqx.combine(params, static)(*inputs())
+    return jnp.mean(output**2) + bx.sequence_balance_loss(routings[1])
+
+
 @pytest.mark.hazard(43)
 @pytest.mark.parametrize(
-    ("name", "partition"), [*((name, "inexact") for name in OPTIMISERS), ("adamw", "trainable")]
+    ("name", "partition"), [*((name, "inexact") for name in OPTIMIZERS), ("adamw", "trainable")]
 )
 def test_ten_steps_leave_bias_and_table_bit_for_bit(name, partition):
-    model, optimiser = Model(), OPTIMISERS[name]
+    model, optimizer = Model(), OPTIMIZERS[name]
     before = bits(model)
     spec = eqx.is_inexact_array if partition == "inexact" else bx.trainable(model)
     params, static = eqx.partition(model, spec)
-    state = optimiser.init(params)
-
-    @eqx.filter_jit
-    def step(params, state):
-        def loss(params):
-            output, routings = eqx.combine(params, static)(*inputs())
-            return jnp.mean(output**2) + bx.sequence_balance_loss(routings[1])
-
-        updates, state = optimiser.update(eqx.filter_grad(loss)(params), state, params)
-        return eqx.apply_updates(params, updates), state
+    state = optimizer.init(params)
 
     for _ in range(10):
-        params, state = step(params, state)
+        gradients = gradient_of(params, static)
+        updates, state = eqx.filter_jit(optimizer.update)(gradients, state, params)
+        params = eqx.apply_updates(params, updates)
     trained = eqx.combine(params, static)
     assert bits(trained) == before
     for old, new in zip(model.routers, trained.routers, strict=True):
-        assert not np.array_equal(old.weight, new.weight)
+        assert not np.array_equal(old.gate.weight, new.gate.weight)
+
+
+def test_routers_are_found_in_model_order():
+    model = Model()
+    assert all(a is b for a, b in zip(bx.routers(model), model.routers, strict=True))
+    assert bx.routers(model.routers[1]) == [model.routers[1]]
+    assert bx.routers(model.projections) == []
 
 
 # --- rebalance --------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from cases import BACKENDS, make_dispatch, output_and_vjp
 
 import braidax as bx
 
+pytestmark = pytest.mark.optimized  # the numbers that a user gets
+
 BLOCKS = sorted(path.stem for path in golden.FOLDER.glob("*.npz") if "router" not in path.stem)
 ROUTERS = sorted(path.stem for path in golden.FOLDER.glob("router_*.npz"))
 

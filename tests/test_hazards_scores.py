@@ -15,6 +15,8 @@ from jax.test_util import check_grads
 import braidax as bx
 from braidax._scoring import normalized
 
+pytestmark = pytest.mark.optimized  # bounds in units of the last place
+
 mpmath.mp.dps = 60
 SIZE, CHOSEN, TOKENS = 6, 3, 4
 

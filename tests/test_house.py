@@ -22,15 +22,16 @@ HAZARDS = 47
 
 # A module imports only modules of a lower rank, or of its own package.
 RANKS = (
-    ("_checks", "_compiled", "_balanced_table", "_config_file"),
-    ("_routing", "_scoring", "_config", "hash_tables", "_mesh", "_matmul"),
-    ("_balance", "_balance_losses", "_experts", "_router"),
+    ("_checks", "_compiled", "_text", "_mesh", "_balanced_table", "_families", "_scoring"),
+    ("_matmul",),
+    ("_routing", "_config_file", "_experts", "hash_tables", "matmul"),
+    ("_config", "_balance", "_balance_losses"),
+    ("_router",),
     ("_dispatch", "_replay", "_filters"),
     ("_moe",),
-    ("_parallel", "_checkpoint"),
-    ("_inspect",),
-    ("__init__",),
+    ("_parallel", "_checkpoint", "_inspect"),
     ("training",),
+    ("__init__",),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

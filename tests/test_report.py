@@ -250,9 +250,9 @@ def test_token_counts_are_merged_and_wide_ids_kept(monkeypatch):
     counts, wide = TokenCounts(), 2**62
     for ids in ([1, 1], [wide, 1], [2, wide], [wide, wide]):
         counts.add(np.array([[0], [1]]), np.array(ids))
-    assert [array.tolist() for array in counts.of_expert(0)] == [[wide, 1, 2], [2, 1, 1]]
-    assert [array.tolist() for array in counts.of_expert(1)] == [[1, wide], [2, 2]]
-    assert [array.tolist() for array in counts.of_expert(2)] == [[], []]
+    assert counts.of_expert(0, 9) == [(wide, 2), (1, 1), (2, 1)]
+    assert counts.of_expert(1, 9) == [(1, 2), (wide, 2)]
+    assert counts.of_expert(0, 1) == [(wide, 2)] and counts.of_expert(2, 9) == []
 
 
 def test_bars():

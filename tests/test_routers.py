@@ -337,7 +337,7 @@ def test_masked_tokens_may_hold_anything():
 
 CONSTRUCTION_ERRORS = [
     ({"num_experts_per_token": 0}, ValueError, "num_experts_per_token"),
-    ({"num_experts_per_token": 6}, ValueError, "6 and 5"),
+    ({"num_experts_per_token": 6}, ValueError, "num_experts=5. Got 6"),
     ({"num_experts": 0}, ValueError, "num_experts"),
     ({"hidden_size": 2.5}, TypeError, "hidden_size"),
     ({"score_function": "sigmoid"}, TypeError, "score_function"),
@@ -347,7 +347,7 @@ CONSTRUCTION_ERRORS = [
     ({"normalize": "false"}, TypeError, "normalize"),
     ({"num_groups": 2}, ValueError, "num_groups"),
     ({"num_experts": 6, "num_groups": 6}, ValueError, "at least 2"),
-    ({"num_experts": 6, "num_groups": 3, "num_selected_groups": 4}, ValueError, "4 and 3"),
+    ({"num_experts": 6, "num_groups": 3, "num_selected_groups": 4}, ValueError, "1 and 3. Got 4"),
     ({"num_experts": 6, "num_groups": 3, "num_selected_groups": 1}, ValueError, "1 \\* 2"),
     ({"dtype": jnp.int32}, TypeError, "dtype"),
 ]

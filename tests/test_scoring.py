@@ -9,6 +9,8 @@ import pytest
 import braidax as bx
 from braidax._scoring import normalized
 
+pytestmark = pytest.mark.optimized  # its bounds are in units of the last place
+
 mpmath.mp.dps = 60
 
 # Relative error of value and slope that issue and reference ask for in float32.

@@ -1,3 +1,5 @@
+"""`python -m braidax train` and `report`: the model, the run, its files and its end."""
+
 import contextlib
 import dataclasses
 import io
@@ -8,36 +10,39 @@ import pathlib
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_runs import SENTENCE, SIZES, TINY, compiled_step, share_compiled_steps
 
 import braidax
 from braidax.__main__ import main
-from braidax._training import checkpoint, loop
-from braidax._training.checkpoint import CheckpointError, Header
-from braidax._training.language_model import LanguageModel
-from braidax._training.settings import Settings, UserError
-from braidax._training.step import initial_state, make_optimizer, make_step
+from braidax.training import (
+    LanguageModel,
+    Settings,
+    UserError,
+    checkpoint,
+    initial_state,
+    loop,
+    resume,
+    train,
+)
+from braidax.training.reports import byte_text
 
-SIZES = {"hidden": 16, "layers": 2, "heads": 2, "experts": 4, "intermediate": 8}
-TINY = Settings(batch=4, length=16, steps=6, eval_windows=8, log_every=2, **SIZES)
-OPTIONS = (
-    "--hidden 16 --layers 2 --heads 2 --experts 4 --intermediate 8 --batch 4 --length 16"
-    " --eval-windows 8 --steps 500 --log-every 25 --checkpoint-every 20"
-).split()
+
+@pytest.fixture(autouse=True)
+def shared_steps(monkeypatch):
+    share_compiled_steps(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A file of 9,600 bytes: one sentence, again and again."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_bytes(b"routers choose, experts compute, sums return.\n\n\n" * 200)
+    path = tmp_path_factory.mktemp("text") / "text <b>.txt"
+    path.write_bytes(SENTENCE * 200)
     return str(path)
 
 
@@ -46,20 +51,21 @@ def finished_run(tmp_path_factory, text):
     """`(settings, folder, output)` of one short run, made once and only read."""
     settings, folder = dataclasses.replace(TINY, text=text), tmp_path_factory.mktemp("run") / "out"
     output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        assert loop.start(settings, folder) == 0
+    with contextlib.redirect_stdout(output), pytest.MonkeyPatch.context() as monkeypatch:
+        share_compiled_steps(monkeypatch)
+        assert train(settings, folder) == 0
     return settings, folder, output.getvalue()
 
 
+# --- the model --------------------------------------------------------------------------------
+
+
 def test_first_layer_routes_by_id_alone_and_the_last_by_hidden_state(getkey):
-    model = LanguageModel(dataclasses.replace(TINY, layers=4), key=getkey())
+    model = LanguageModel(TINY, key=getkey())
     ids = jax.random.randint(getkey(), (2, 12), 0, 256)
     hidden_states = jax.random.normal(getkey(), (2, 12, 16))
     permuted = hidden_states[:, ::-1]
-
-    @eqx.filter_jit
-    def routing(block, hidden_states, ids):
-        return block(hidden_states, ids)[1]
+    routing = eqx.filter_jit(lambda block, hidden_states, ids: block(hidden_states, ids)[1])
 
     def indices(layer, hidden_states, ids):
         return np.sort(routing(model.layers[layer].feed_forward, hidden_states, ids).indices)
@@ -69,216 +75,200 @@ def test_first_layer_routes_by_id_alone_and_the_last_by_hidden_state(getkey):
     assert np.array_equal(by_id, np.sort(model.layers[0].feed_forward.routed.router.table[ids]))
     assert not np.array_equal(by_id, indices(0, hidden_states, ids[:, ::-1]))
 
-    by_content = indices(3, hidden_states, ids)
-    assert np.array_equal(by_content, indices(3, hidden_states, ids[:, ::-1]))
-    assert np.array_equal(by_content[:, ::-1], indices(3, permuted, ids))
-    assert not np.array_equal(by_content, indices(3, permuted, ids))
+    by_content = indices(1, hidden_states, ids)
+    assert np.array_equal(by_content, indices(1, hidden_states, ids[:, ::-1]))
+    assert np.array_equal(by_content[:, ::-1], indices(1, permuted, ids))
+    assert not np.array_equal(by_content, indices(1, permuted, ids))
 
 
-def test_model_is_causal_and_returns_one_routing_per_layer(getkey):
-    model = LanguageModel(TINY, key=getkey())
+def test_model_is_causal_knows_positions_and_returns_one_routing_per_layer(getkey):
+    model = eqx.filter_jit(LanguageModel(TINY, key=getkey()))
     ids = jax.random.randint(getkey(), (2, 12), 0, 256)
-    model = eqx.filter_jit(model)
     logits, routings = model(ids)
     assert logits.shape == (2, 12, 256) and len(routings) == 2
     changed, _ = model(ids.at[:, 7].set((ids[:, 7] + 1) % 256))
     assert jnp.allclose(logits[:, :7], changed[:, :7], atol=1e-5)
     assert not jnp.allclose(logits[:, 7:], changed[:, 7:], atol=1e-3)
+    # Attention alone does not tell the order of what came before.
+    swapped, _ = model(ids[:, [1, 0, *range(2, 12)]])
+    assert not jnp.allclose(logits[:, 2:], swapped[:, 2:], atol=1e-4)
 
 
-def test_dense_model_has_at_least_the_active_parameters(getkey):
+def test_dense_model_has_at_least_the_active_parameters():
     settings = Settings()
     active = 3 * 64 * 64 * (2 + 1) + 16 * 64  # three experts' matrices and the gate
-    dense = 3 * 64 * settings.dense_width()
-    assert active <= dense < active + 3 * 64
-    model = LanguageModel(dataclasses.replace(TINY, dense=True, layers=1), key=getkey())
-    _, routings = model(jnp.zeros((1, 3), dtype=jnp.int32))
-    assert routings == ()
+    assert active <= 3 * 64 * settings.dense_width() < active + 3 * 64
+    assert dataclasses.replace(settings, dense=True).layer_names() == ()
 
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_loss_falls_and_the_table_stays(dense):
-    settings = dataclasses.replace(TINY, steps=60, dense=dense, learning_rate=0.01)
-    optimizer = make_optimizer(settings)
-    state = initial_state(settings, optimizer)
-    routers = [] if dense else [layer.feed_forward.routed.router for layer in state.model.layers]
-    table = np.array(routers[0].table) if routers else None
-    step = make_step(settings, optimizer)
+    settings = dataclasses.replace(TINY, dense=dense)
+    state, step = initial_state(settings), compiled_step(settings)
+    routers = braidax.routers(state.model)
+    assert len(routers) == (0 if dense else 2)
+    table = None if dense else np.array(routers[0].table)
     windows = np.frombuffer(b"abcdefgh" * 9, np.uint8)[: 4 * 17].reshape(4, 17).astype(np.int32)
     losses = []
     for _ in range(settings.steps):
-        state, metrics = step(windows, state)
-        losses.append(float(metrics.loss))
-    assert losses[0] > 4 and losses[-1] < 1
-    if routers:
-        routers = [layer.feed_forward.routed.router for layer in state.model.layers]
+        state, loss, violations = step(windows, state)
+        losses.append(float(loss))
+    assert losses[0] > 4 and losses[-1] < 1 and violations.shape == (len(routers),)
+    if not dense:
+        routers = braidax.routers(state.model)
         assert np.array_equal(routers[0].table, table)
         bias = np.asarray(routers[1].score_correction_bias)
         assert np.any(bias != 0) and np.all(np.abs(bias) <= settings.steps * settings.balance_rate)
 
 
+# --- the run ----------------------------------------------------------------------------------
+
+
 def test_run_writes_everything(finished_run):
     _, folder, output = finished_run
     report = json.loads((folder / "report.json").read_text())
-    written = {path.name for path in folder.iterdir()}
-    assert {"checkpoint.eqx", "metrics.csv", "report.json"} <= written
-    assert not [name for name in written if name.endswith(".tmp")]
-    assert report["corpus"]["sha256"] in output and "by position" in output
+    names = {"checkpoint.eqx", "metrics.csv", "report.json", "balance.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "balance.png").read_bytes().startswith(b"\x89PNG")
+    assert report["corpus"]["sha256"] in output
     assert f"validation: {report['validation_bits_per_byte']:.4f} bits/byte" in output
     assert [layer["layer"] for layer in report["layers"]] == ["0 (hash)", "1"]
     for layer in report["layers"]:
         load = layer["load"]
-        assert sum(load) == report["validation_bytes"] * 2
+        assert sum(load) == report["validation_bytes"] * 2 == 8 * 16 * 2
         assert layer["max_violation"] == pytest.approx(max(load) / np.mean(load) - 1, rel=1e-5)
     rows = (folder / "metrics.csv").read_text().splitlines()
     assert rows[0].endswith("max_violation_layer_0,max_violation_layer_1")
-    assert [row.split(",")[0] for row in rows[1:]] == ["1", "2", "4", "6"]
+    assert [row.split(",")[0] for row in rows[1:]] == [str(step) for step in range(1, 61)]
     loss, bits = (float(value) for value in rows[-1].split(",")[1:3])
     assert bits == pytest.approx(loss / math.log(2))
 
 
-@pytest.fixture(scope="module")
-def command(text, tmp_path_factory):
-    """A function that starts the program on `text`; the processes share what they compile."""
+def test_a_dense_run_has_no_routing_to_draw_or_report(tmp_path, text, capsys):
+    settings = dataclasses.replace(TINY, text=text, dense=True, log_every=40)
+    assert train(settings, tmp_path) == 0
+    assert "MaxVio -  dead experts -\nno balance.png: a dense model" in capsys.readouterr().out
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "1", "40", "60"]
+    with pytest.raises(UserError, match="dense model, which has no routing to report on"):
+        braidax.training.report_run(tmp_path)
+
+
+def test_a_run_is_not_overwritten(finished_run):
+    settings, folder, _ = finished_run
+    with pytest.raises(UserError, match="already holds a run"):
+        train(settings, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_resumes_exactly(number, finished_run, tmp_path, monkeypatch, capsys):
+    """Stopped in step 3, which no checkpoint was due after, and with rows that a kill cut off."""
+    settings, whole, _ = finished_run
+    folder, windows, before = tmp_path / "a b", loop.training_windows, signal.getsignal(number)
+
+    def windows_and_signal(data, *, step, **others):
+        if step == 3:
+            signal.raise_signal(number)
+            assert signal.getsignal(number) is before  # a second one would stop the process
+        return windows(data, step=step, **others)
+
+    monkeypatch.setattr(loop, "training_windows", windows_and_signal)
+    assert train(settings, folder) == 128 + number
+    command = f"continue with: python -m braidax train --resume '{folder}'\n"
+    assert capsys.readouterr().out.endswith(f"stopped after step 3; {command}")
+    assert signal.getsignal(number) is before
+    assert checkpoint.load(folder, initial_state)[0].step == 3
+    monkeypatch.setattr(loop, "training_windows", windows)
+    with open(folder / "metrics.csv", "a") as file:
+        file.write("4,1.3,1.")
+    assert resume(folder) == 0
+    assert f"resuming {folder} after step 3\n" in capsys.readouterr().out
+    for name in ("checkpoint.eqx", "report.json", "metrics.csv"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_killed_process_resumes_exactly(tmp_path, text, capsys):
+    """SIGKILL in one process, SIGTERM in the next, the rest in this one."""
+    options = {**SIZES, "steps": 500, "log_every": 25, "checkpoint_every": 20, "text": text}
     source = pathlib.Path(braidax.__file__).parents[1]
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     environment = {
         **os.environ,
         "PYTHONPATH": str(source),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         # The loader of cached programs reports machine features at length.
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
 
-    def start(*arguments):
-        # A file and not a pipe: nobody reads it while the run goes on, and a full pipe stops it.
-        errors = tempfile.TemporaryFile("w+")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "braidax", "train", *map(str, arguments)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-        return process, errors
+    def run_until_second_line(number, *arguments):
+        """The exit code, the printed text and the errors of a process that a signal ends."""
+        command = [sys.executable, "-m", "braidax", "train", *map(str, arguments)]
+        # A file and not a pipe: nobody reads it while the run goes on.
+        with open(tmp_path / "errors", "w+") as errors:
+            streams = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+            with subprocess.Popen(command, env=environment, **streams) as process:
+                output = ""
+                for line in process.stdout:
+                    output += line
+                    if "  loss " in line and output.count("  loss ") == 2:
+                        process.send_signal(number)
+            errors.seek(0)
+            return process.returncode, output, errors.read()
 
-    return start
-
-
-def finish(started):
-    process, errors = started
-    with errors:
-        output, _ = process.communicate(timeout=120)
-        errors.seek(0)
-        return process.returncode, output, errors.read()
-
-
-def stop_after(started, line, number):
-    """Send `number` as soon as the run has printed a line that contains `line`."""
-    process, errors = started
-    for printed in process.stdout:
-        if line in printed:
-            process.send_signal(number)
-            return
-    process.wait(timeout=120)
-    errors.seek(0)
-    raise AssertionError(errors.read())
+    folder, whole = tmp_path / "out", tmp_path / "whole"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    result = run_until_second_line(signal.SIGKILL, *flags, "--out", folder)
+    assert result[0] == -signal.SIGKILL and result[2] == "", result
+    assert 20 <= checkpoint.load(folder, initial_state)[0].step < 500
+    code, output, errors = run_until_second_line(signal.SIGTERM, "--resume", folder)
+    step = checkpoint.load(folder, initial_state)[0].step
+    assert (code, errors) == (143, "") and f"stopped after step {step}; continue with: " in output
+    assert 20 < step < 500
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert main(["train", *flags, "--out", str(whole)]) == 0
+    for name in ("checkpoint.eqx", "report.json", "metrics.csv"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
-def losses(folder):
-    """The rows of metrics.csv without the speed."""
-    rows = (folder / "metrics.csv").read_text().splitlines()[1:]
-    return [row.split(",")[:3] + row.split(",")[4:] for row in rows]
+# --- python -m braidax report -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("number", "exit_code"),
-    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)],
-)
-def test_a_killed_or_stopped_run_resumes_exactly(number, exit_code, tmp_path, text, command, whole):
-    process = command(*OPTIONS, "--text", text, "--out", tmp_path / "out")
-    stop_after(process, "step  25/", number)
-    code, output, errors = finish(process)
-    assert (code, errors) == (exit_code, "")
-    step = checkpoint.read_header(tmp_path / "out").step
-    assert 20 <= step < 500
-    if number != signal.SIGKILL:
-        assert f"stopped after step {step}; continue with: " in output
-        assert output.strip().endswith(f"--resume {tmp_path / 'out'}")
-
-    code, output, errors = finish(command("--resume", tmp_path / "out"))
-    assert (code, errors) == (0, "") and f"after step {step}\n" in output
-    for name in ("checkpoint.eqx", "report.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
-    assert losses(tmp_path / "out") == losses(whole)
+def test_report_says_what_the_training_run_said(finished_run, tmp_path, capsys):
+    _, run, _ = finished_run
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert main(["report", str(run), "--out", str(tmp_path / "new")]) == 0
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    output = capsys.readouterr().out
+    trained = json.loads((run / "report.json").read_text())
+    assert f"step 60 of 60, {trained['validation_bits_per_byte']:.4f} bits/byte on 128" in output
+    assert "2 layers of 4 experts, 128 tokens in 2 batches" in output
+    hashed, top_k = (f"{layer['max_violation']:.2f}" for layer in trained["layers"])
+    assert output.index(f"\n1{top_k:>12}") < output.index(f"\n0{hashed:>12}")
+    page = (tmp_path / "new" / "report.html").read_text()
+    assert "<b>" not in page and "text &lt;b&gt;.txt" in page and "top tokens of layer 1" in page
+    for name in ("load.png", "coactivation.png", "token_experts.png"):
+        assert (tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_sigterm_saves_and_exits_with_143(tmp_path, text, command):
-    process = command(*OPTIONS, "--text", text, "--out", tmp_path / "out")
-    stop_after(process, "step   1/", signal.SIGTERM)
-    code, output, errors = finish(process)
-    step = checkpoint.read_header(tmp_path / "out").step
-    assert (code, errors) == (143, "") and f"stopped after step {step};" in output
+def test_report_writes_beside_the_checkpoint_and_needs_no_matplotlib(
+    finished_run, tmp_path, monkeypatch, capsys
+):
+    _, run, _ = finished_run
+    (tmp_path / "checkpoint.eqx").write_bytes((run / "checkpoint.eqx").read_bytes())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["report", str(tmp_path / "checkpoint.eqx")]) == 0
+    assert "no pictures: Plots need matplotlib" in capsys.readouterr().out
+    names = {"checkpoint.eqx", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
-@pytest.fixture(scope="module")
-def whole(command, text, tmp_path_factory):
-    """The folder of the same run, never interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    code, _, errors = finish(command(*OPTIONS, "--text", text, "--out", folder))
-    assert (code, errors) == (0, "")
-    return folder
+def test_bytes_as_text():
+    assert [byte_text(byte) for byte in (97, 10, 228)] == ["a", "\n", "0xe4"]
+    assert len({byte_text(byte) for byte in range(256)}) == 256
 
 
-def test_a_stop_request_lets_the_second_signal_through():
-    from braidax._training.interrupt import StopRequest
-
-    before = signal.getsignal(signal.SIGINT)
-    with StopRequest() as request:
-        assert request.signal_number is None
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0)
-        assert request.signal_number == signal.SIGINT
-        assert signal.getsignal(signal.SIGINT) is before
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
-    state = {"values": jnp.arange(3.0)}
-    checkpoint.save(tmp_path, Header(TINY, 1, "hash"), state)
-
-    def fail(*arguments):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(eqx, "tree_serialise_leaves", fail)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(tmp_path, Header(TINY, 2, "hash"), state)
-    assert checkpoint.read_header(tmp_path) == Header(TINY, 1, "hash")
-    restored = checkpoint.load_state(tmp_path, {"values": jnp.zeros(3)})
-    assert restored["values"].tolist() == [0.0, 1.0, 2.0]
-
-
-def test_changed_text_is_named(tmp_path):
-    (tmp_path / "text.txt").write_bytes(b"some text. " * 500)
-    settings = dataclasses.replace(TINY, text=str(tmp_path / "text.txt"))
-    checkpoint.save(tmp_path, Header(settings, 0, "0123"), {})
-    with pytest.raises(CheckpointError, match="has changed: sha256 .* trained on 0123"):
-        loop.resume(tmp_path)
-
-
-def test_damaged_checkpoint_is_named(tmp_path):
-    state, path = {"values": jnp.arange(3.0)}, tmp_path / "checkpoint.eqx"
-    checkpoint.save(tmp_path, Header(TINY, 1, "hash"), state)
-    whole = path.read_bytes()
-    for damaged in (whole[:-3], whole + b"x", whole.replace(b"NUMPY", b"DUMPY")):
-        path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="damaged") as error:
-            checkpoint.load_state(tmp_path, state)
-        assert "\n" not in str(error.value)
-    for header in (b"", b"text\n", b'{"format": 99}\n', b"[]\n", b"\xff\xfe\n"):
-        path.write_bytes(header)
-        with pytest.raises(CheckpointError, match="not a checkpoint"):
-            checkpoint.read_header(tmp_path)
+# --- the command line -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -286,8 +276,9 @@ def test_damaged_checkpoint_is_named(tmp_path):
     [
         ("train --step 3", "unrecognized arguments"),
         ("train --steps x", "invalid int value"),
-        ("train --steps 0", "--steps must be at least 1. Got 0."),
-        ("train --learning-rate nan", "--learning-rate must be at least 0. Got nan."),
+        ("train --steps 0", "--steps must be at least 1 and below 2**31. Got 0."),
+        ("train --batch 2147483648", "--batch must be at least 1 and below 2**31"),
+        ("train --learning-rate nan", "--learning-rate must be at least 0 and below 2**31"),
         ("train --seed -1", "--seed must be at least 0"),
         ("train --hidden 30", "--hidden must be a multiple of twice --heads"),
         ("train --experts 4 --experts-per-token 5", "--experts-per-token must be at most"),
@@ -295,10 +286,12 @@ def test_damaged_checkpoint_is_named(tmp_path):
         ("train --text missing.txt", "no such file or folder"),
         ("train --text empty.txt", "no text to train on"),
         ("train --text short.txt", "too short"),
-        ("train --text short.txt --length 2 --out short.txt", "cannot write to --out"),
+        ("train --text=", "--text must name a file or folder"),
         ("train --resume nowhere", "cannot read nowhere"),
         ("train --resume nowhere --seed 1", "remove --seed"),
         ("train --resume nowhere --out other", "remove --out"),
+        ("train --resume \0", "must not hold a zero byte"),
+        ("report nowhere", "cannot read nowhere"),
         ("walk", "invalid choice"),
         ("", "required"),
     ],
@@ -308,17 +301,31 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("only a few words, thirty or more bytes")
     with pytest.raises(SystemExit) as exit_request:
-        main(arguments.split())
+        main(arguments.split(" ") if arguments else [])
     output, errors = capsys.readouterr()
     assert exit_request.value.code == 2 and output == ""
     assert message in errors and errors.count("\n") == 1 and "error: " in errors
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_is_not_overwritten(finished_run):
-    settings, folder, _ = finished_run
-    with pytest.raises(UserError, match="already holds a run"):
-        loop.start(settings, folder)
+EXHAUSTED = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nby far")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), EXHAUSTED])
+def test_too_big_for_the_machine_is_one_line(error, text, tmp_path, monkeypatch, capsys):
+    def fail(settings):
+        raise error
+
+    monkeypatch.setattr(loop, "initial_state", fail)
+    arguments = ["train", f"--text={text}", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    errors = capsys.readouterr().err
+    assert "does not fit in memory: lower --batch" in errors and errors.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    error = jax.errors.JaxRuntimeError("INTERNAL: bug")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: bug"):
+        main(arguments)
 
 
 def test_help_explains_every_option_with_its_default(capsys):
@@ -335,8 +342,8 @@ def test_help_explains_every_option_with_its_default(capsys):
 def test_importing_the_package_leaves_the_training_program_alone():
     source = pathlib.Path(braidax.__file__).parents[1]
     script = (
-        "import sys, braidax; heavy = ('_training.loop', '_training.language_model', 'matplotlib',"
-        " 'tqdm'); print([m for m in sys.modules if m.endswith(heavy)])"
+        "import sys, braidax; heavy = ('braidax.training', 'matplotlib', 'tqdm');"
+        " print([m for m in sys.modules if m.startswith(heavy)])"
     )
     result = subprocess.run(
         [sys.executable, "-c", script],
@@ -346,3 +353,10 @@ def test_importing_the_package_leaves_the_training_program_alone():
         check=True,
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_every_public_name_has_a_docstring():
+    names = [name for name in vars(braidax.training) if not name.startswith("_")]
+    public = [getattr(braidax.training, name) for name in names]
+    functions = [value for value in public if callable(value)]
+    assert len(functions) >= 15 and all(value.__doc__ for value in functions)

@@ -51,9 +51,10 @@ from ._balance_losses import router_z_loss as router_z_loss
 from ._balance_losses import sequence_balance_loss as sequence_balance_loss
 
 # Training
-from ._training.filters import decay_mask as decay_mask
-from ._training.filters import rebalance as rebalance
-from ._training.filters import trainable as trainable
+from ._filters import decay_mask as decay_mask
+from ._filters import rebalance as rebalance
+from ._filters import routers as routers
+from ._filters import trainable as trainable
 
 # Weights
 from ._checkpoint import Checkpoint as Checkpoint

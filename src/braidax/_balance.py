@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32, Integer, Real
+from jaxtyping import Array, ArrayLike, Float, Int32, Integer, Real
 
+from ._checks import array_kind
 from ._mesh import reduction_on_any_mesh
-from ._routing import Routing, without_masked
+from ._routing import Indices, Mask, Routing, without_masked
+
+Load = Real[Array, "*layers experts"]
 
 
 def count_assignments(
-    indices: Int[Array, "*batch experts_per_token"],
-    mask: Bool[Array, "*batch"] | None,
-    num_experts: int,
+    indices: Indices, mask: Mask | None, num_experts: int
 ) -> Int32[Array, " experts"]:
     """Number of unmasked entries of `indices` equal to each expert; nobody is not counted."""
     indices = without_masked(indices, mask, num_experts)
@@ -43,7 +44,7 @@ def expert_load(routing: Routing) -> Int32[Array, " experts"]:
     return count_assignments(routing.indices, routing.mask, routing.scores.shape[-1])
 
 
-def max_violation(load: Real[Array, "*layers experts"]) -> Float[Array, "*layers"]:
+def max_violation(load: Load) -> Float[Array, "*layers"]:
     """MaxVio: `max(load) / mean(load) - 1`, a ratio, float32 `(*layers,)`.
 
     `load` counts assignments, `(*layers, experts)`. 0 at perfect balance and where nothing is
@@ -63,7 +64,7 @@ def max_violation(load: Real[Array, "*layers experts"]) -> Float[Array, "*layers
     return jnp.where(mean > 0, jnp.maximum(ratio - 1, 0), 0)
 
 
-def load_entropy(load: Real[Array, "*layers experts"]) -> Float[Array, "*layers"]:
+def load_entropy(load: Load) -> Float[Array, "*layers"]:
     """Entropy of the load's shares divided by `log(experts)`, float32 `(*layers,)`.
 
     `load` counts assignments, `(*layers, experts)`. 1 at perfect balance and, by convention, for a
@@ -83,7 +84,7 @@ def load_entropy(load: Real[Array, "*layers experts"]) -> Float[Array, "*layers"
     return jnp.sum(jax.scipy.special.entr(shares), axis=-1) / math.log(load.shape[-1])
 
 
-def dead_experts(load: Real[Array, "*layers experts"]) -> Int32[Array, "*layers"]:
+def dead_experts(load: Load) -> Int32[Array, "*layers"]:
     """Number of experts without `load`, `(*layers, experts)`: int32 `(*layers,)`.
 
     **Example:**
@@ -96,8 +97,7 @@ def dead_experts(load: Real[Array, "*layers experts"]) -> Int32[Array, "*layers"
 
 
 def _check_update(bias: Array, load: Array, rate: ArrayLike) -> None:
-    if not jnp.issubdtype(load.dtype, jnp.integer):
-        raise TypeError(f"`load` must hold integer counts. Got dtype {load.dtype}.")
+    array_kind("load", load, jnp.integer)
     if bias.ndim == 0 or bias.shape != load.shape:
         raise ValueError(
             "`bias` and `load` must have the same shape (*layers, experts). "
@@ -119,13 +119,12 @@ def updated_bias(
     """`bias + rate * sign(mean(load) - load)`, float32 `(*layers, experts)`.
 
     `bias` and `load` are `(*layers, experts)`, `rate` is a scalar in units of the scores. The sign
-    is decided in integers, exactly, for counts up to the largest of their dtype. `load` is the
-    count of the whole step: sum over devices and micro-batches first. `center=True` also subtracts
-    the mean of the update, which stops the common drift and leaves selection alone. A load of zero
-    everywhere leaves the bias unchanged.
+    is decided in integers, exactly. `load` is the count of the whole step: sum over devices and
+    micro-batches first. `center=True` also subtracts the mean of the update, which stops the
+    common drift and leaves selection alone. A load of zero everywhere leaves the bias unchanged.
 
-    **Raises:** `TypeError` for a `load` that is not integer, `ValueError` for shapes that differ
-    and for a `rate` that is not a finite scalar (a traced rate cannot be checked).
+    **Raises:** `TypeError` for a `load` that is not integer. `ValueError` for shapes that differ
+    and for a `rate` that is not a finite scalar, unless it is traced.
 
     **Source:** arXiv:2408.15664, algorithm 1.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ._mesh import reduction_on_any_mesh
-from ._routing import Routing
+from ._routing import Mask, Routing
 from ._scoring import normalized
 
 
@@ -16,8 +16,7 @@ def _largest(
 ) -> Bool[Array, "groups tokens experts"]:
     """Which entries `jax.lax.top_k` selects, that is the first of equal ones.
 
-    By comparisons along the last axis alone, because the partitioner gathers what `top_k` is given:
-    the scores of all tokens on every device, where those are spread over a mesh.
+    By comparisons alone, because the partitioner would gather all tokens' scores for `top_k`.
     """
 
     def lower(_, threshold):
@@ -31,13 +30,11 @@ def _largest(
     return above | (equal & (jnp.cumsum(equal, axis=-1) <= left))
 
 
-def _balance_loss(
-    scores: Float[Array, "groups tokens experts"],
-    mask: Bool[Array, "groups tokens"],
-    experts_per_token: int,
-) -> Float[Array, ""]:
+def _balance_loss(routing: Routing, groups: int, tokens: int) -> Float[Array, ""]:
     """The balance loss of each group of tokens, averaged over the groups with a valid token."""
-    num_experts = scores.shape[-1]
+    num_experts, experts_per_token = routing.scores.shape[-1], routing.indices.shape[-1]
+    scores = routing.scores.reshape(groups, tokens, num_experts)
+    mask = _token_mask(routing).reshape(groups, tokens)
     # Replaced before any arithmetic: a masked NaN must not reach the value or the gradient.
     scores = jnp.where(mask[..., None], scores.astype(jnp.float32), 1)
     # The selection of the unbiased scores, which the bias update does not move.
@@ -52,26 +49,23 @@ def _balance_loss(
     return jnp.sum(losses) / jnp.maximum(num_groups, 1).astype(jnp.float32)
 
 
-def _token_mask(routing: Routing) -> Bool[Array, "*batch"]:
-    if routing.mask is None:
-        return jnp.ones(routing.scores.shape[:-1], dtype=bool)
-    return routing.mask
+def _token_mask(routing: Routing) -> Mask:
+    return jnp.ones(routing.scores.shape[:-1], bool) if routing.mask is None else routing.mask
 
 
 @reduction_on_any_mesh
 def sequence_balance_loss(routing: Routing) -> Float[Array, ""]:
     """Sequence-wise balance loss of a `routing`, unweighted, a float32 scalar.
 
-    `sum_i f_i P_i`, where `f_i` is the share of selections of expert `i` times `experts`, by the
-    top-k of the scores **without** the bias (no gradient flows through it), and `P_i` the mean
-    over tokens of the scores divided by their sum. 1 when the `f_i` are equal, whatever the bias
-    adds to that; up to `experts / experts_per_token`, when all tokens select the same experts and
-    the scores lie on those alone. With flat scores it stays at 1 even then.
+    The loss is `sum_i f_i P_i`. `f_i` is `experts` times the share of selections of expert `i`,
+    by the top-k of the scores **without** the bias. No gradient flows through `f_i`. `P_i` is
+    the mean over tokens of the scores divided by their sum. The loss is 1 when the `f_i` are
+    equal or the scores flat. It is at most `experts / experts_per_token`, when all scores lie on
+    the same experts.
 
-    The last batch axis holds the tokens of one sequence and every axis before it sequences, over
-    which the mean is taken; a single token is a sequence of one. Masked tokens are left out, and
-    so are sequences without a valid token; with none at all the loss is 0. Meant for layers that
-    select by score: a hash layer has nothing to balance.
+    The last batch axis holds the tokens of one sequence, and the loss is the mean over sequences.
+    A single token is a sequence of one. Masked tokens are left out, and so are sequences without
+    a valid token; with none at all the loss is 0. A hash layer has nothing to balance.
 
     **Source:** DeepSeek-V3 (arXiv:2412.19437), eq. 17-20.
 
@@ -82,11 +76,8 @@ def sequence_balance_loss(routing: Routing) -> Float[Array, ""]:
         >>> round(float(bx.sequence_balance_loss(router(jax.numpy.zeros((4, 32))))), 4)
         1.0
     """
-    scores, mask = routing.scores, _token_mask(routing)
-    tokens = scores.shape[-2] if scores.ndim > 1 else 1
-    groups = math.prod(scores.shape[:-2])
-    scores = scores.reshape(groups, tokens, scores.shape[-1])
-    return _balance_loss(scores, mask.reshape(groups, tokens), routing.indices.shape[-1])
+    *lead, tokens = routing.scores.shape[:-1] or (1,)
+    return _balance_loss(routing, math.prod(lead), tokens)
 
 
 @reduction_on_any_mesh
@@ -102,10 +93,7 @@ def batch_balance_loss(routing: Routing) -> Float[Array, ""]:
         >>> float(bx.sequence_balance_loss(routing)), float(bx.batch_balance_loss(routing))
         (2.0, 1.0)
     """
-    scores, mask = routing.scores, _token_mask(routing)
-    tokens = math.prod(scores.shape[:-1])
-    scores = scores.reshape(1, tokens, scores.shape[-1])
-    return _balance_loss(scores, mask.reshape(1, tokens), routing.indices.shape[-1])
+    return _balance_loss(routing, 1, math.prod(routing.scores.shape[:-1]))
 
 
 @reduction_on_any_mesh

@@ -9,7 +9,7 @@ _MAX_REFINEMENT_ATTEMPTS = 10_000
 
 
 def checked_counts(token_counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Occurrences of each token as int64 (vocab,); `TypeError` or `ValueError` otherwise."""
+    """Occurrences of each token as int64 (vocab,)."""
     counts = np.asarray(token_counts)
     if counts.ndim != 1 or counts.size == 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Argument checks shared by the constructors. Each raises an error that names the argument."""
+"""Argument checks. Each raises `TypeError` or `ValueError`, which names the argument."""
 
 import math
 import numbers
@@ -8,30 +8,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+_KINDS = {
+    jnp.floating: "a floating-point dtype",
+    jnp.integer: "an integer dtype",
+    jnp.bool_: "dtype bool",
+}
+
 
 def positive_integer(name: str, value: Any) -> int:
-    """`value` as a Python int of at least 1; `TypeError` or `ValueError` otherwise."""
+    """`value` as a Python int of at least 1."""
     return integer(name, value, 1)
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
-    """`value` as a Python int of at least `minimum` and at most `maximum`; `TypeError` or
-    `ValueError` otherwise."""
+    """`value` as a Python int of at least `minimum` and at most `maximum`."""
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be an integer. Got {value!r}.")
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"`{name}` must be an integer. Got {value!r}.") from None
-    if maximum is not None and not minimum <= number <= maximum:
-        raise ValueError(f"`{name}` must be between {minimum} and {maximum}. Got {number}.")
-    if number < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}. Got {number}.")
+    if number < minimum or (maximum is not None and number > maximum):
+        bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+        raise ValueError(f"`{name}` must be {bounds}. Got {number}.")
+    return number
+
+
+def experts_per_token(value: Any, num_experts: int) -> int:
+    """`value` as a Python int from 1 to `num_experts`."""
+    number = integer("num_experts_per_token", value, 1, 2**31 - 1)
+    if number > num_experts:
+        raise ValueError(
+            f"`num_experts_per_token` must be at most num_experts={num_experts}. Got {number}."
+        )
     return number
 
 
 def positive_number(name: str, value: object) -> float:
-    """`value` as a finite Python float above 0; `TypeError` or `ValueError` otherwise."""
+    """`value` as a finite Python float above 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number. Got {value!r}.")
     if not math.isfinite(value) or value <= 0:
@@ -40,15 +54,14 @@ def positive_number(name: str, value: object) -> float:
 
 
 def boolean(name: str, value: object) -> bool:
-    """`value`, if it is a bool; `TypeError` otherwise."""
+    """`value`, if it is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be a bool. Got {value!r}.")
     return value
 
 
 def floating_dtype(name: str, value: object) -> jnp.dtype:
-    """`value` as a floating-point dtype that weights can have, JAX's own for `None`; `TypeError`
-    or `ValueError` otherwise."""
+    """`value` as a floating-point dtype that weights can have, JAX's own for `None`."""
     dtype = jnp.dtype(value) if value is not None else jnp.result_type(float)
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
         raise TypeError(f"`{name}` must be a floating-point dtype of 16 bits or more. Got {dtype}.")
@@ -62,21 +75,22 @@ def at_least_int32(array: Any) -> Any:
     return array.astype(jnp.int32) if jnp.result_type(array).itemsize < 4 else array
 
 
-def array_dtype(name: str, value: Any) -> jnp.dtype:
-    """The dtype that JAX takes `value` for; `TypeError` unless it is an array or a number."""
+def array_kind(name: str, value: Any, kind: Any, hint: str = "") -> None:
+    """`value` is an array or a number of a `kind` of dtype, a key of `_KINDS`."""
     if not (hasattr(value, "dtype") or isinstance(value, numbers.Number)):
         raise TypeError(
             f"`{name}` must be an array. Got a {type(value).__name__}: convert it by "
             "`jax.numpy.asarray`."
         )
-    return jnp.result_type(value)
+    dtype = jnp.result_type(value)
+    if not jnp.issubdtype(dtype, kind):
+        raise TypeError(f"`{name}` must have {_KINDS[kind]}. Got {dtype}.{hint}")
 
 
 def last_axis(name: str, array: Any, size: int, size_name: str) -> None:
     """`array` is floating point and its last axis has `size` entries."""
-    dtype, shape = array_dtype(name, array), jnp.shape(array)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"`{name}` must have a floating-point dtype. Got {dtype}.")
+    array_kind(name, array, jnp.floating)
+    shape = jnp.shape(array)
     if len(shape) == 0 or shape[-1] != size:
         raise ValueError(
             f"`{name}` must have shape (*batch, {size_name}={size}). Got {tuple(shape)}."
@@ -84,8 +98,7 @@ def last_axis(name: str, array: Any, size: int, size_name: str) -> None:
 
 
 def same_sizes(name: str, sizes: Any, wanted: Any, meaning: str) -> None:
-    """Raise `ValueError` unless `sizes` equals `wanted`; `meaning` describes `wanted` in the
-    message."""
+    """`sizes` equals `wanted`, which `meaning` describes in the message."""
     if tuple(sizes) != tuple(wanted):
         raise ValueError(f"`{name}` must have {meaning}, {tuple(wanted)}. Got {tuple(sizes)}.")
 

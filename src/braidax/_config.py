@@ -1,6 +1,7 @@
 """`MoEConfig`: every number that fixes a mixture-of-experts layer, and the released presets."""
 
 import dataclasses
+import enum
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,21 +14,17 @@ from ._checks import integer, one_line
 from ._config_file import fields_from_hf, read_config
 from ._scoring import sqrt_softplus
 
+_ScoreFunction = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 # The released names of score functions.
-_SCORE_FUNCTIONS: dict[str, Callable[[Float[Array, "..."]], Float[Array, "..."]]] = {
+_SCORE_FUNCTIONS: dict[str, _ScoreFunction] = {
     "sqrtsoftplus": sqrt_softplus,
     "sigmoid": jax.nn.sigmoid,
     "softmax": jax.nn.softmax,
 }
 
 
-class _SameAsSwigluLimit:
-    def __repr__(self) -> str:
-        return "<same as swiglu_limit>"
-
-
 # `None` already means "no clamp", so "not given" needs a value of its own.
-_SAME_AS_SWIGLU_LIMIT: Any = _SameAsSwigluLimit()
+_SAME_AS_SWIGLU_LIMIT: Any = enum.Enum("default", "same_as_swiglu_limit")["same_as_swiglu_limit"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +57,13 @@ class MoEConfig:
         ...     num_experts_per_token=2, vocab_size=256, num_hash_layers=1, swiglu_limit=10.0)
         >>> config.shared_swiglu_limit
         10.0
+        >>> bx.MoEConfig.deepseek_v3().num_selected_groups
+        4
+        >>> flash, pro = bx.MoEConfig.deepseek_v4_flash(), bx.MoEConfig.deepseek_v4_pro()
+        >>> flash.num_experts, pro.scaling_factor
+        (256, 2.5)
+        >>> bx.MoEConfig.deepseek_v4_1_flash().num_hash_layers, bx.MoEConfig.tiny().hidden_size
+        (0, 32)
     """
 
     hidden_size: int
@@ -83,13 +87,11 @@ class MoEConfig:
             object.__setattr__(self, "shared_swiglu_limit", self.swiglu_limit)
 
     def is_hash_layer(self, layer_idx: int) -> bool:
-        """Whether layer `layer_idx` (from 0) routes by token id: one of the first
-        `num_hash_layers`.
+        """Whether layer `layer_idx`, from 0, is one of the `num_hash_layers` first.
 
         The answer decides which parameters exist, so `layer_idx` must be static, not traced.
 
-        **Raises:** `TypeError` for anything but an integer (traced, a bool) and `ValueError` below
-        0.
+        **Raises:** `TypeError` for anything but an integer, `ValueError` below 0.
 
         **Example:**
 
@@ -99,9 +101,8 @@ class MoEConfig:
         """
         if isinstance(layer_idx, Tracer):
             raise TypeError(f"`layer_idx` must be static, not traced. Got {layer_idx}.")
-        return integer("layer_idx", layer_idx, 0) < integer(
-            "num_hash_layers", self.num_hash_layers, 0
-        )
+        num_hash_layers = integer("num_hash_layers", self.num_hash_layers, 0)
+        return integer("layer_idx", layer_idx, 0) < num_hash_layers
 
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> "MoEConfig":
@@ -137,78 +138,35 @@ class MoEConfig:
 
     @classmethod
     def deepseek_v3(cls) -> "MoEConfig":
-        """DeepSeek-V3: 256 experts in 8 groups, sigmoid scores, no hash layers, no clamp.
-
-        **Source:** the released `config.json`; arXiv:2412.19437, section 4.2.
-
-        **Example:**
-
-            >>> import braidax as bx
-            >>> bx.MoEConfig.deepseek_v3().num_selected_groups
-            4
-        """
+        """DeepSeek-V3: 256 experts in 8 groups, sigmoid scores, no hash layers, no clamp."""
         return cls(7168, 2048, 256, 8, 129280, 1, "sigmoid", True, 2.5, 8, 4)
 
     @classmethod
     def deepseek_v4_flash(cls) -> "MoEConfig":
-        """DeepSeek-V4-Flash: 256 experts, 6 a token, the first 3 layers hashed.
-
-        **Source:** the released `config.json`; arXiv:2606.19348.
-
-        **Example:**
-
-            >>> import braidax as bx
-            >>> bx.MoEConfig.deepseek_v4_flash().num_experts
-            256
-        """
+        """DeepSeek-V4-Flash: 256 experts, 6 a token, the first 3 layers hashed."""
         return cls(
             4096, 2048, 256, 6, 129280, scaling_factor=1.5, num_hash_layers=3, swiglu_limit=10.0
         )
 
     @classmethod
     def deepseek_v4_pro(cls) -> "MoEConfig":
-        """DeepSeek-V4-Pro: 384 experts, 6 a token, the first 3 layers hashed.
-
-        **Source:** the released `config.json`; arXiv:2606.19348.
-
-        **Example:**
-
-            >>> import braidax as bx
-            >>> bx.MoEConfig.deepseek_v4_pro().scaling_factor
-            2.5
-        """
+        """DeepSeek-V4-Pro: 384 experts, 6 a token, the first 3 layers hashed."""
         return cls(
             7168, 3072, 384, 6, 129280, scaling_factor=2.5, num_hash_layers=3, swiglu_limit=10.0
         )
 
     @classmethod
     def deepseek_v4_1_flash(cls) -> "MoEConfig":
-        """DeepSeek-V4.1-Flash: 384 experts, 6 a token, no hash layers.
-
-        **Source:** the released `config.json`.
-
-        **Example:**
-
-            >>> import braidax as bx
-            >>> bx.MoEConfig.deepseek_v4_1_flash().num_hash_layers
-            0
-        """
+        """DeepSeek-V4.1-Flash: 384 experts, 6 a token, no hash layers."""
         return cls(5120, 2304, 384, 6, 129280, scaling_factor=1.5, swiglu_limit=10.0)
 
     @classmethod
     def tiny(cls) -> "MoEConfig":
-        """A byte-sized DeepSeek-V4 for tests and examples: 8 experts, 2 a token, 2 hash layers.
-
-        **Example:**
-
-            >>> import braidax as bx
-            >>> bx.MoEConfig.tiny().hidden_size
-            32
-        """
+        """A byte-sized DeepSeek-V4 for tests and examples: 8 experts, 2 a token, 2 hash layers."""
         return cls(32, 16, 8, 2, 256, scaling_factor=1.5, num_hash_layers=2, swiglu_limit=10.0)
 
 
-def score_function(name: str) -> Callable[[Float[Array, "..."]], Float[Array, "..."]]:
+def score_function(name: str) -> _ScoreFunction:
     """The score function of a released `name`. **Raises:** `ValueError` for an unknown name."""
     if name not in _SCORE_FUNCTIONS:
         names = ", ".join(_SCORE_FUNCTIONS)

@@ -1,18 +1,14 @@
 """Replaying a given assignment: what is refused, and what poisons a token."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 
 from ._checks import at_least_int32
 from ._router import AbstractRouter, check_hidden_states, check_mask
-from ._routing import Routing, without_masked, zero_masked
+from ._routing import HiddenStates, Mask, Routing, without_masked, zero_masked
 
 
 def replayed(
-    router: AbstractRouter,
-    hidden_states: Float[Array, "*batch hidden"],
-    mask: Bool[Array, "*batch"] | None,
-    routing: Routing,
+    router: AbstractRouter, hidden_states: HiddenStates, mask: Mask | None, routing: Routing
 ) -> Routing:
     """`routing`, with its mask folded in, for these hidden states and this router.
 
@@ -29,22 +25,14 @@ def replayed(
     indices = without_masked(indices, mask, num_experts)
     nobody = indices == num_experts
     weights = jnp.where(valid.all(axis=-1, keepdims=True), routing.weights, jnp.nan)
+    weights = zero_masked(jnp.where(nobody, 0, weights), mask)
     missing = nobody if mask is None else nobody & mask[..., None]
-    return Routing(
-        indices=indices,
-        weights=zero_masked(jnp.where(nobody, 0, weights), mask),
-        scores=routing.scores,
-        logits=routing.logits,
-        mask=mask,
-        dropped=jnp.sum(missing, dtype=jnp.int32),
-    )
+    dropped = jnp.sum(missing, dtype=jnp.int32)
+    return Routing(indices, weights, routing.scores, routing.logits, mask, dropped)
 
 
 def _check(
-    router: AbstractRouter,
-    hidden_states: Float[Array, "*batch hidden"],
-    mask: Bool[Array, "*batch"] | None,
-    routing: Routing,
+    router: AbstractRouter, hidden_states: HiddenStates, mask: Mask | None, routing: Routing
 ) -> None:
     check_hidden_states(router, hidden_states)
     if mask is not None:

@@ -1,14 +1,22 @@
 """`Routing`: the one noun that travels between the stages of a mixture-of-experts layer.
 
-The axis names used in every annotation of the library are a closed vocabulary:
+The axis names of all annotations are a closed vocabulary:
 `batch tokens hidden experts experts_per_token intermediate vocab rows groups`.
 """
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from ._checks import integer
+
+# The arrays that most stages take or return.
+HiddenStates = Float[Array, "*batch hidden"]
+InputIds = Integer[Array, "*batch"]
+Mask = Bool[Array, "*batch"]
+Scores = Float[Array, "*batch experts"]
+Indices = Int[Array, "*batch experts_per_token"]
+Weights = Float[Array, "*batch experts_per_token"]
 
 
 class Routing(eqx.Module):
@@ -29,8 +37,7 @@ class Routing(eqx.Module):
     - `logits`: `(*batch, experts)` float32, of the gate, after the temperature.
     - `mask`: `(*batch,)` bool, `False` on padding: not counted, zero output, no gradient. `None`:
       no padding.
-    - `dropped`: int32 scalar, the assignments of real tokens that were not computed; 0 when
-      dropless.
+    - `dropped`: int32 scalar, the assignments of real tokens that were not computed.
 
     **Example:**
 
@@ -49,36 +56,28 @@ class Routing(eqx.Module):
     dropped: Int[Array, ""]
 
 
-def without_masked(
-    indices: Int[Array, "*batch experts_per_token"],
-    mask: Bool[Array, "*batch"] | None,
-    num_experts: int,
-) -> Int[Array, "*batch experts_per_token"]:
+def without_masked(indices: Indices, mask: Mask | None, num_experts: int) -> Indices:
     """`indices` with those of padding nobody's: what a mask means to everything but a gate."""
     return indices if mask is None else jnp.where(mask[..., None], indices, num_experts)
 
 
 def zero_masked(
-    array: Float[Array, "*batch size"], mask: Bool[Array, "*batch"] | None
+    array: Float[Array, "*batch size"], mask: Mask | None
 ) -> Float[Array, "*batch size"]:
-    """Rows whose mask is `False` become 0, whatever they held.
-
-    A select, not a product: 0 * NaN is NaN, and a NaN in padding must reach nothing, forward or
-    backward.
-    """
-    if mask is None:
-        return array
-    return jnp.where(mask[..., None], array, 0)
+    """Rows whose mask is `False` become 0, whatever they held."""
+    # A select, not a product: 0 * NaN is NaN, forward and backward.
+    return array if mask is None else jnp.where(mask[..., None], array, 0)
 
 
 def over_capacity(routing: Routing, capacity: int) -> Routing:
     """`routing` with at most `capacity` assignments for each expert; the later ones are nobody's.
 
     Tokens earlier in the batch win, and for one token the earlier slots. Weights are not
-    normalized again. `dropped` counts the assignments that were left out. All leading axes of
-    `routing` are one batch.
+    normalized again. `dropped` counts what was left out. All leading axes are one batch.
 
     **Raises:** `ValueError` or `TypeError` unless `capacity` is an integer of at least 0.
+
+    **Source:** the capacity of Switch Transformers (arXiv:2101.03961), section 2.2.
 
     **Example:** three tokens that choose the same two experts, with room for two.
 
@@ -98,11 +97,7 @@ def over_capacity(routing: Routing, capacity: int) -> Routing:
     places = jnp.arange(flat.size, dtype=jnp.int32) - first.astype(jnp.int32)
     place = jnp.zeros(flat.shape, jnp.int32).at[order].set(places, unique_indices=True)
     left_out = ((place >= capacity) & (flat < num_experts)).reshape(indices.shape)
-    return Routing(
-        indices=jnp.where(left_out, num_experts, indices),
-        weights=jnp.where(left_out, 0, routing.weights),
-        scores=routing.scores,
-        logits=routing.logits,
-        mask=routing.mask,
-        dropped=routing.dropped + jnp.sum(left_out, dtype=jnp.int32),
-    )
+    indices = jnp.where(left_out, num_experts, indices)
+    weights = jnp.where(left_out, 0, routing.weights)
+    dropped = routing.dropped + jnp.sum(left_out, dtype=jnp.int32)
+    return Routing(indices, weights, routing.scores, routing.logits, routing.mask, dropped)

@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+_Floats = Float[Array, "*batch"]
 # Keeps a row of underflowed scores from becoming 0/0; the released models train with it.
 _EPSILON = 1e-20
 
 
-def _value_and_slope(
-    x: Float[Array, "*batch"],
-) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+def _value_and_slope(x: _Floats) -> tuple[_Floats, _Floats]:
     negative = x <= 0  # False for NaN, so that the positive branch hands it on.
     # Selects instead of minimum/maximum, whose derivative at the tie x == 0 is one half.
     below = jnp.where(negative, x, 0)
@@ -31,14 +30,12 @@ def _value_and_slope(
     value_above = jnp.sqrt(above + jnp.log1p(u))
     slope_above = (0.5 / (1 + u)) / value_above
 
-    return (
-        jnp.where(negative, value_below, value_above),
-        jnp.where(negative, slope_below, slope_above),
-    )
+    value = jnp.where(negative, value_below, value_above)
+    return value, jnp.where(negative, slope_below, slope_above)
 
 
 @jax.custom_jvp
-def _sqrt_softplus(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+def _sqrt_softplus(x: _Floats) -> _Floats:
     return _value_and_slope(x)[0]
 
 
@@ -74,12 +71,10 @@ def normalized(scores: Float[Array, "*batch size"]) -> Float[Array, "*batch size
     """`scores / (sum(scores) + 1e-20)` over the last axis, with finite derivatives of any order.
 
     Scores must not be negative. Scores that are all 0 give weights 0.
-
-    The derivative of a plain division squares the denominator, which underflows once the sum is
-    below about 1e-19: a gradient of -inf or NaN. So numerator and denominator are first scaled
-    by one power of two that brings the denominator near 1: exact, and a constant to
-    differentiation, because the quotient does not depend on it.
     """
+    # The derivative of a plain division squares the denominator, which underflows to a gradient
+    # of NaN. One power of two first brings the denominator near 1. The scale is exact, and a
+    # constant to differentiation, because the quotient does not depend on it.
     largest = jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True)
     _, exponent = jnp.frexp(jnp.maximum(largest, _EPSILON))
     scale = jnp.ldexp(jnp.ones_like(largest), -exponent)

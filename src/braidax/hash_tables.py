@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._balanced_table import checked_counts, least_loaded, refine
-from ._checks import integer
+from ._checks import experts_per_token, integer
 
 _MAX_POOL_ENTRIES = 2**20
 
@@ -25,12 +25,9 @@ def md5(
 ) -> npt.NDArray[np.int32]:
     """Experts from the MD5 digest of (salt, token): the default table, `salt` = layer index.
 
-    With `n` the little-endian integer of `md5(struct.pack("<QQ", salt, token))` and
-    `pool = [0, ..., E - 1]`, slot `j` takes `n, r = divmod(n, E - j)`, then `pool[r]`, then
-    `pool[r] = pool[E - 1 - j]`. The rule is braidax's own, not that of any released table.
-    A row depends only on (salt, token, E, K), so a larger vocabulary extends a smaller one.
-
-    **Returns:** int32 (vocab, experts_per_token), distinct within a row.
+    `n` is the little-endian integer of `md5(struct.pack("<QQ", salt, token))`, and `pool` begins
+    as `[0, ..., E - 1]`. Slot `j` takes `n, r = divmod(n, E - j)`, then `pool[r]`, then
+    `pool[r] = pool[E - 1 - j]`. A larger vocabulary extends the table of a smaller one.
 
     **Raises:** `ValueError` or `TypeError` unless `vocab_size`, `num_experts` and
     `num_experts_per_token` are integers of at least 1, K <= E and 0 <= `salt` < 2**64.
@@ -61,17 +58,11 @@ def random(
 ) -> npt.NDArray[np.int32]:
     """Uniformly random distinct experts for every token, seeded by `salt`.
 
-    The numbers are the raw 64-bit output of PCG64: numpy guarantees the stream of a bit generator
-    across versions, but not that of the `Generator` methods. The modulo changes a probability by a
-    relative E / 2**64 at most, which is below 2**-50 for fewer than 16,384 experts.
+    The numbers are the raw output of PCG64. Numpy guarantees the stream of a bit generator across
+    versions, but not that of the `Generator` methods. The modulo changes a probability by a
+    relative E / 2**64 at most.
 
-    **Returns:** int32 (vocab, experts_per_token), distinct within a row.
-
-    **Raises:** as `md5` does.
-
-    **Source:** the "random hash" of Hash Layers (arXiv:2106.04426).
-
-    **Example:**
+    **Raises:** as `md5` does. **Source:** the "random hash" of Hash Layers. **Example:**
 
         >>> import braidax as bx
         >>> bx.hash_tables.random(3, 8, 2, salt=1).tolist()
@@ -92,11 +83,7 @@ def round_robin(
 ) -> npt.NDArray[np.int32]:
     """Slot `j` of token `t` is `(t * K + j + salt) % E`: every expert gets as many token ids, +-1.
 
-    **Returns:** int32 (vocab, experts_per_token), distinct within a row.
-
-    **Raises:** as `md5` does.
-
-    **Example:**
+    **Raises:** as `md5` does. **Example:**
 
         >>> import braidax as bx
         >>> bx.hash_tables.round_robin(5, 8, 2).tolist()
@@ -113,23 +100,19 @@ def balanced(
 ) -> npt.NDArray[np.int32]:
     """Distinct experts for every token so that the experts see equally many tokens.
 
-    The "balanced hash" of Roller et al. 2021: tokens in descending count each take the K least
-    loaded experts, then exchanges between experts lower the largest load while it is more than
-    0.1 % above its lower bound (the mean, or what a few heavy tokens force). It is a heuristic:
-    within 1 % of that bound for the vocabularies of real models, byte vocabularies included, but
+    `token_counts` are the occurrences of each token id in the training data: non-negative
+    integers (vocab,) with a sum below 2**62.
+
+    Tokens in descending count each take the K least loaded experts. Exchanges between experts
+    then lower the largest load, until it is 0.1 % above its lower bound. The bound is the mean,
+    or what a few heavy tokens force. Real vocabularies, bytes included, end within 1 % of it, but
     a few dozen tokens may end further off. Tokens of count 0 give every expert the same number of
-    ids, +-1. `salt` relabels the experts and reorders tokens of equal count; it never changes the
-    sorted loads.
-
-    `token_counts`: non-negative integers (vocab,), occurrences of each token id in the training
-    data, with a sum below 2**62.
-
-    **Returns:** int32 (vocab, experts_per_token), distinct within a row.
+    ids, +-1. `salt` relabels experts and reorders tokens of equal count, but keeps sorted loads.
 
     **Raises:** `TypeError` for counts that are not integers, `ValueError` for counts that are
-    empty, negative, too large or not 1-D; for the other arguments as `md5` does.
+    empty, negative, too large or not 1-D, and as `md5` does.
 
-    **Source:** Hash Layers (arXiv:2106.04426); the heuristic is our own.
+    **Source:** the "balanced hash" of Hash Layers; the heuristic is our own.
 
     **Example:** two tokens as frequent as the other four together get an expert each.
 
@@ -156,12 +139,12 @@ def balanced(
 
 
 def from_array(array: npt.ArrayLike, num_experts: int) -> npt.NDArray[np.int32]:
-    """A validated int32 copy of a given table `array`, (vocab, experts_per_token).
+    """A validated int32 copy of a given table `array`, (vocab, experts_per_token) integers.
 
-    Any integer dtype is accepted. Duplicates within a row are too: their weights add up.
+    Duplicates within a row are accepted: their weights add up.
 
-    **Raises:** `TypeError` if the dtype is not an integer one, `ValueError` if the array is not
-    2-D, is empty, has more columns than `num_experts`, or an entry outside [0, num_experts).
+    **Raises:** `TypeError` if the dtype is not an integer one. `ValueError` if the array is not
+    2-D, is empty, has more than `num_experts` columns, or an entry outside [0, num_experts).
 
     **Example:**
 
@@ -195,11 +178,7 @@ def _sizes(
 ) -> tuple[int, int, int, int]:
     vocab = integer("vocab_size", vocab_size, 1, 2**31 - 1)
     experts = integer("num_experts", num_experts, 1, 2**31 - 1)
-    slots = integer("num_experts_per_token", num_experts_per_token, 1, 2**31 - 1)
-    if slots > experts:
-        raise ValueError(
-            f"`num_experts_per_token` must be at most num_experts={experts}. Got {slots}."
-        )
+    slots = experts_per_token(num_experts_per_token, experts)
     return vocab, experts, slots, integer("salt", salt, 0, 2**64 - 1)
 
 

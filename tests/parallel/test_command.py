@@ -5,15 +5,13 @@ import dataclasses
 import json
 import signal
 import sys
-import time
 
 import numpy as np
 import pytest
 from test_processes import free_port, run_pair
 
 from braidax.__main__ import main
-from braidax._training import loop
-from braidax._training.settings import Settings
+from braidax.training import Settings, loop, resume, train
 
 SIZES = {"hidden": 16, "layers": 2, "heads": 2, "experts": 4, "intermediate": 8}
 RUN = {"batch": 4, "length": 16, "steps": 3, "eval_windows": 8, "log_every": 1, **SIZES}
@@ -32,7 +30,7 @@ def runs(settings, tmp_path_factory):
     folders = {}
     for name, size in (("one", None), ("many", 2)):
         folders[name] = tmp_path_factory.mktemp(name) / "out"
-        assert loop.start(settings, folders[name], expert_parallel=size) == 0
+        assert train(settings, folders[name], expert_parallel=size) == 0
     return folders
 
 
@@ -57,19 +55,19 @@ def test_many_devices_train_as_one(runs):
 def test_a_run_continues_on_other_numbers_of_devices(settings, runs, tmp_path, monkeypatch):
     """Three steps, stopped by a signal in each but the last: on four devices in two ways, and on
     one in between."""
-    windows, steps = loop._windows, []
+    windows, steps = loop.training_windows, []
 
-    def noted(corpus, settings, step):
+    def noted(data, *, step, **others):
         steps.append(step)
         if step < settings.steps:
             signal.raise_signal(signal.SIGTERM)
-        return windows(corpus, settings, step)
+        return windows(data, step=step, **others)
 
-    monkeypatch.setattr(loop, "_windows", noted)
+    monkeypatch.setattr(loop, "training_windows", noted)
     folder, stopped = tmp_path / "out", 128 + signal.SIGTERM
-    assert loop.start(settings, folder, expert_parallel=2) == stopped and steps == [1]
-    assert loop.resume(folder) == stopped and steps == [1, 2]
-    assert loop.resume(folder, expert_parallel=4) == 0 and steps == [1, 2, 3]
+    assert train(settings, folder, expert_parallel=2) == stopped and steps == [1]
+    assert resume(folder) == stopped and steps == [1, 2]
+    assert resume(folder, expert_parallel=4) == 0 and steps == [1, 2, 3]
     assert_same_run(folder, runs["one"])
 
 
@@ -106,7 +104,7 @@ def test_two_processes_train_as_one(settings, runs, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("name, reason", [("", "File exists"), ("metrics.csv.tmp", "Is a dir")])
+@pytest.mark.parametrize("name, reason", [("", "File exists"), ("metrics.csv", "Is a dir")])
 def test_two_processes_end_together_if_the_first_cannot_write(name, reason, settings, tmp_path):
     """The first save, and what comes after it. Only the first process writes, and fails."""
     folder = tmp_path / "out"
@@ -114,14 +112,12 @@ def test_two_processes_end_together_if_the_first_cannot_write(name, reason, sett
         (folder / name).mkdir(parents=True)
     else:
         folder.write_text("a file")
-    begin = time.monotonic()
+    # Not by giving up on a heartbeat, after 100 s: that would end in another way.
     outputs = run_pair(*command_and_environments(settings, folder), code=2)
-    # Not by giving up on a heartbeat, which takes 100 s.
-    assert time.monotonic() - begin < 80
     for output, end in zip(outputs, ("", " (another process)"), strict=True):
         errors = [line for line in output.splitlines() if "error:" in line]
         assert len(errors) == 1 and "Traceback" not in output
-        assert f"cannot write to {'' if name else '--out '}{folder}: {reason}" in errors[0]
+        assert f"cannot write to {folder}: {reason}" in errors[0]
         assert end in errors[0]
 
 

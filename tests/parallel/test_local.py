@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from braidax._backends import find_backend
 from meshes import HIDDEN, assert_trees_close
 
 import braidax as bx
-from braidax._backends import find_backend
 from braidax._parallel.local import local_experts
 
 LOCAL, TOKENS, SLOTS = 3, 20, 2
@@ -79,7 +79,9 @@ def one_by_one(experts, tokens, weights, indices, target):
 
 def arguments_for(own, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(3), 4)
-    experts = bx.Experts(LOCAL, HIDDEN, 6, activation=bx.activations.swiglu(0.4), dtype=dtype, key=keys[0])
+    experts = bx.Experts(
+        LOCAL, HIDDEN, 6, activation=bx.activations.swiglu(0.4), dtype=dtype, key=keys[0]
+    )
     tokens = jax.random.normal(keys[1], (TOKENS, HIDDEN), dtype)
     weights = jax.random.uniform(keys[2], (TOKENS, SLOTS))
     target = jax.random.normal(keys[3], (TOKENS, HIDDEN))

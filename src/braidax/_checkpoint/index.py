@@ -1,15 +1,12 @@
-"""Tensors by name: those of one file, of a folder of shards, or arrays in memory."""
+"""The tensors of one file, or of a folder of shards, by name."""
 
-import abc
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 
-from .dtypes import NAMES, stored_bytes
 from .errors import mistake
 from .safetensors_reader import Entry, SafetensorsFile, unique_keys
 
@@ -18,71 +15,7 @@ _SUFFIX = ".safetensors"
 _SPECIAL = set("/\\:\0")
 
 
-class AbstractTensors(abc.ABC):
-    """Tensors by name, each in the form of a safetensors file. `source` lists them."""
-
-    source: pathlib.Path
-
-    @abc.abstractmethod
-    def where(self, name: str) -> pathlib.Path:
-        """The file of a tensor, or what should have listed it: the file to name in an error."""
-
-    @abc.abstractmethod
-    def entry(self, name: str) -> Entry:
-        """Dtype, shape and place of a tensor, from its shard's header."""
-
-    @abc.abstractmethod
-    def read(self, name: str) -> np.ndarray:
-        """A tensor in its own dtype and shape: see `SafetensorsFile.read`."""
-
-    @abc.abstractmethod
-    def raw(self, name: str) -> np.ndarray:
-        """The bytes of a tensor: see `SafetensorsFile.raw`."""
-
-
-class GivenTensors(AbstractTensors):
-    """Arrays in memory, read like the tensors of a file."""
-
-    source = pathlib.Path("tensors")
-
-    def __init__(self, tensors: Mapping[str, Any]):
-        """**Arguments:** `tensors`: anything that numpy can read, by name.
-
-        **Raises:** `TypeError` for anything else."""
-        if not isinstance(tensors, Mapping):
-            raise TypeError(f"`tensors` must map names to arrays. Got {type(tensors).__name__}.")
-        for name in tensors:
-            if not isinstance(name, str):
-                raise TypeError(f"`tensors` must map names to arrays. Got the name {name!r:.60}.")
-        self.arrays = {name: _as_numpy(name, tensor) for name, tensor in tensors.items()}
-
-    def where(self, name: str) -> pathlib.Path:
-        """The name of the argument."""
-        return self.source
-
-    def entry(self, name: str) -> Entry:
-        """As in the header of a file."""
-        array = self.arrays[name]
-        return Entry(NAMES.get(array.dtype, str(array.dtype)), array.shape, 0, array.nbytes)
-
-    def read(self, name: str) -> np.ndarray:
-        """The array itself."""
-        return self.arrays[name]
-
-    def raw(self, name: str) -> np.ndarray:
-        """Its bytes, as a file would hold them."""
-        return stored_bytes(self.arrays[name])
-
-
-def _as_numpy(name: str, tensor: Any) -> np.ndarray:
-    try:
-        array = np.asarray(tensor)
-        return array.astype(array.dtype.newbyteorder("="), copy=False)
-    except (TypeError, RuntimeError) as error:
-        raise TypeError(f"`{name}` must be an array that numpy can read: {error}") from error
-
-
-class StoredTensors(AbstractTensors):
+class StoredTensors:
     """The tensors of a checkpoint by name. A shard is opened when one of its tensors is asked for.
 
     `source` lists the tensors: an index, a folder or a file. `folder` is where it lies, `files`
@@ -111,16 +44,25 @@ class StoredTensors(AbstractTensors):
         else:
             self.files = _read_index(index)
 
+    @classmethod
+    def of_file(cls, file: SafetensorsFile) -> "StoredTensors":
+        """The tensors of one file that is open."""
+        tensors = cls.__new__(cls)
+        tensors.source = tensors.folder = file.path
+        tensors._shards = {file.path: file}
+        tensors.files = dict.fromkeys(file.entries, file.path)
+        return tensors
+
     def entry(self, name: str) -> Entry:
-        """As the shard's header says."""
+        """Dtype, shape and place of a tensor, from its shard's header."""
         return self._shard(name).entry(name)
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, memory-mapped."""
+        """A tensor, memory-mapped: see `SafetensorsFile.read`."""
         return self._shard(name).read(name)
 
     def raw(self, name: str) -> np.ndarray:
-        """The bytes of a tensor, memory-mapped."""
+        """The bytes of a tensor: see `SafetensorsFile.raw`."""
         return self._shard(name).raw(name)
 
     def where(self, name: str) -> pathlib.Path:

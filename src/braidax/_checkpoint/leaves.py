@@ -21,10 +21,10 @@ from .._config import MoEConfig
 from .._experts import Experts, FeedForward
 from .._experts.activations import swiglu
 from .._moe import RoutedAndSharedMoE, RoutedMoE
-from .._router import HashRouter, TopKRouter
+from .._router import AbstractRouter, HashRouter, TopKRouter
 
 Block = RoutedMoE | RoutedAndSharedMoE
-_ROUTERS = {
+_ROUTERS: dict[type[AbstractRouter], tuple[str, str]] = {
     HashRouter: ("table", "router.table"),
     TopKRouter: ("selection_bias", "router.score_correction_bias"),
 }
@@ -39,6 +39,7 @@ def leaves(moe: Block) -> dict[str, Callable[[Block], Any]]:
     own, path = _ROUTERS[type(routed.router)]
     paths = {"gate.weight": "router.gate.weight", own: path}
     paths |= {name: name for name in ("experts.gate_up", "experts.down")}
+    found: dict[str, Callable[[Block], Any]]
     found = {name: attrgetter(root + path) for name, path in paths.items()}
     if root:
         found |= {name: attrgetter(name) for name in ("shared.gate_up", "shared.down")}
@@ -78,7 +79,7 @@ def _check_parts(moe: Block) -> None:
     router = routed.router
     _require(type(router) in _ROUTERS, f"{root}.router", "a `HashRouter` or `TopKRouter`", router)
     _require(router.gate.bias is None, f"{root}.router.gate", "without a bias", router.gate)
-    networks = [(f"{root}.experts", routed.experts, Experts)]
+    networks: list[tuple[str, Any, type]] = [(f"{root}.experts", routed.experts, Experts)]
     if not isinstance(moe, RoutedMoE):
         networks.append(("moe.shared", moe.shared, FeedForward))
     for name, network, known in networks:

@@ -3,13 +3,14 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike
+import numpy as np
+from jaxtyping import DTypeLike
 
 from .._checks import floating_dtype
 from .._config import MoEConfig
-from .._experts.packed import PackedMatrices
-from .index import AbstractTensors
-from .layer import StoredLayer, open_layer
+from .errors import mistake
+from .index import StoredTensors
+from .layer import check_layer, check_shape, find_stack, read_floats, read_table
 from .leaves import Block, leaves, skeleton
 from .names import LayerNames
 from .stacks import decoded_stack, packed_stack
@@ -18,7 +19,7 @@ PACKED = "packed"
 
 
 def build_moe(
-    tensors: AbstractTensors,
+    tensors: StoredTensors,
     names: LayerNames,
     config: MoEConfig,
     layer_idx: int,
@@ -26,29 +27,39 @@ def build_moe(
 ) -> Block:
     """The layer whose `tensors` are called `names`: see `Checkpoint.moe`."""
     is_packed = isinstance(dtype, str) and dtype == PACKED
-    moe = skeleton(config, layer_idx, floating_dtype("dtype", jnp.float32 if is_packed else dtype))
-    layer = open_layer(tensors, names, config, layer_idx)
-    for name, where in leaves(moe).items():
-        if is_packed and name.startswith("experts."):
-            array = _packed(layer, name)
+    dtype = floating_dtype("dtype", jnp.float32 if is_packed else dtype)
+    moe = skeleton(config, layer_idx, dtype)
+    check_layer(tensors, names, config, layer_idx)
+    wheres = leaves(moe)
+    # All stacks are found before one is read: a wrong shape is an error at once.
+    stacks = {
+        name: find_stack(tensors, names, name, where(moe).shape)
+        for name, where in wheres.items()
+        if name.startswith(("experts.", "shared."))
+    }
+    for name, where in wheres.items():
+        like = where(moe)
+        if name not in stacks:
+            array = _read_router(tensors, names.tensors[name].weight, name, like, config)
+            # A copy: JAX may share memory, which the owner of a file or of an array may change.
+            array = jnp.array(array, copy=True)
+        elif is_packed and name.startswith("experts."):
+            parts = 2 if name == "experts.gate_up" else None
+            array = packed_stack(stacks[name], parts=parts, transposed=parts is None)
         else:
-            array = _array(layer, name, where(moe))
+            array = decoded_stack(stacks[name], like.dtype, transposed=name.endswith("down"))
+            array = jax.device_put(array.reshape(like.shape))
         moe = eqx.tree_at(where, moe, array)
     return moe
 
 
-def _packed(layer: StoredLayer, name: str) -> PackedMatrices:
-    if name.endswith("gate_up"):
-        return packed_stack(layer.stacks[name], parts=2, transposed=False)
-    return packed_stack(layer.stacks[name], parts=None, transposed=True)
-
-
-def _array(layer: StoredLayer, name: str, like: jax.ShapeDtypeStruct) -> Array:
-    """The array called `name`, in the shape and dtype of `like`."""
-    if name in layer.stacks:
-        transposed = name.endswith("down")
-        array = decoded_stack(layer.stacks[name], like.dtype, transposed=transposed)
-        return jax.device_put(array.reshape(like.shape))
-    array = layer.table() if name == "table" else layer.floats(name, like.dtype)
-    # A copy: JAX may share memory, which the owner of a file or of an array may change.
-    return jnp.array(array, copy=True)
+def _read_router(
+    tensors: StoredTensors, name: str, key: str, like: jax.ShapeDtypeStruct, config: MoEConfig
+) -> np.ndarray:
+    if key == "table":
+        check_shape(tensors, name, like.shape)
+        return read_table(tensors, name, config.num_experts)
+    array = read_floats(tensors, name, like.shape, like.dtype)
+    if key == "selection_bias" and not np.isfinite(array).all():
+        raise mistake(tensors.where(name), name, "be finite", "NaN or infinity")
+    return array

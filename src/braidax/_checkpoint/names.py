@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from .._families import Family
 from .errors import mistake
-from .index import AbstractTensors
+from .index import StoredTensors
 from .stored_matrix import MatrixNames
 
 
@@ -34,7 +34,7 @@ def names_by_layer(names: Iterable[str], family: Family) -> dict[int, dict[str, 
 
 
 def find_layer(
-    tensors: AbstractTensors,
+    tensors: StoredTensors,
     layers: dict[int, dict[str, list[str]]],
     layer_idx: int,
     family: Family,
@@ -57,7 +57,7 @@ def find_layer(
 
 
 def layer_names(
-    tensors: AbstractTensors, prefix: str, rests: list[str], family: Family
+    tensors: StoredTensors, prefix: str, rests: list[str], family: Family
 ) -> LayerNames:
     """What the tensors of a layer mean, whose names are `prefix` and each of `rests`.
 

@@ -1,5 +1,6 @@
 """A layer as named numpy arrays: the names, shapes and dtypes of transformers' saved modules."""
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,12 @@ from jaxtyping import DTypeLike
 from .._config import MoEConfig
 from .._families import DEEPSEEK
 from .._moe import RoutedAndSharedMoE, RoutedMoE
-from .index import GivenTensors
+from .dtypes import NAMES, stored_bytes
+from .index import StoredTensors
 from .leaves import leaves, to_tensors
 from .load import build_moe
 from .names import layer_names
+from .safetensors_reader import Entry, SafetensorsFile
 
 
 def to_state_dict(moe: RoutedMoE | RoutedAndSharedMoE) -> dict[str, np.ndarray]:
@@ -80,6 +83,36 @@ def from_state_dict(
         >>> layer = bx.RoutedAndSharedMoE.from_config(bx.MoEConfig.tiny(), 2, key=jax.random.key(0))
         >>> layer = bx.from_state_dict(bx.MoEConfig.tiny(), 2, bx.to_state_dict(layer))
     """
-    given = GivenTensors(tensors)
-    names = layer_names(given, "", list(given.arrays), DEEPSEEK)
+    given = StoredTensors.of_file(_GivenTensors(tensors))
+    names = layer_names(given, "", list(given.files), DEEPSEEK)
     return build_moe(given, names, config, layer_idx, dtype)
+
+
+class _GivenTensors(SafetensorsFile):
+    """Arrays in memory, read like the tensors of a file."""
+
+    def __init__(self, tensors: Mapping[str, Any]):
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"`tensors` must map names to arrays. Got {type(tensors).__name__}.")
+        self.path = pathlib.Path("tensors")
+        self._arrays = {name: _as_numpy(name, tensor) for name, tensor in tensors.items()}
+        self.entries = {
+            name: Entry(NAMES.get(array.dtype, str(array.dtype)), array.shape, 0, array.nbytes)
+            for name, array in self._arrays.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def raw(self, name: str) -> np.ndarray:
+        return stored_bytes(self._arrays[name])
+
+
+def _as_numpy(name: Any, tensor: Any) -> np.ndarray:
+    if not isinstance(name, str):
+        raise TypeError(f"`tensors` must map names to arrays. Got the name {name!r:.60}.")
+    try:
+        array = np.asarray(tensor)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"`{name}` must be an array that numpy can read: {error}") from error
+    return array.astype(array.dtype.newbyteorder("="), copy=False)

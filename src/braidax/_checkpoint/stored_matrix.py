@@ -14,7 +14,7 @@ import numpy as np
 from .dequantize import FP4_GROUP, decode_blocks, decode_fp4
 from .dtypes import PACKED
 from .errors import mistake
-from .index import AbstractTensors
+from .index import StoredTensors
 
 BLOCKS = ((128, 128), (32, 32), (1, 32))  # V3 and V4, V4.1, MXFP8
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -41,7 +41,7 @@ class StoredMatrix(NamedTuple):
     is the place of one matrix in its stack. Only a single matrix can be read.
     """
 
-    tensors: AbstractTensors
+    tensors: StoredTensors
     names: MatrixNames
     format: str
     shape: tuple[int, ...]
@@ -116,7 +116,7 @@ class StoredMatrix(NamedTuple):
 
 
 def stored_matrix(
-    tensors: AbstractTensors, names: MatrixNames, shape: tuple[int, ...]
+    tensors: StoredTensors, names: MatrixNames, shape: tuple[int, ...]
 ) -> StoredMatrix:
     """The matrix called `names`, which must have the configuration's `shape` in numbers.
 
@@ -142,7 +142,7 @@ def stored_matrix(
 
 
 def _block(
-    tensors: AbstractTensors, weight: str, scale: str, name: str, shape: tuple[int, ...]
+    tensors: StoredTensors, weight: str, scale: str, name: str, shape: tuple[int, ...]
 ) -> tuple[int, int]:
     """The rows and columns that share a scale, from the shapes of weight and scale."""
     path, entry = tensors.where(scale), tensors.entry(scale)

@@ -120,21 +120,16 @@ def _count_part(
     parameters = num_bytes = products = backward = 0
     shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(module, is_leaf=is_packed):
-        if not (is_array(leaf) or is_packed(leaf)):
+        if not is_array(leaf):
             continue
-        if is_packed(leaf):
-            shape, number = leaf.shape, leaf.number
-            arrays = (leaf.payload, leaf.scale)
-        else:
-            shape, number, arrays = leaf.shape, str(leaf.dtype), (leaf,)
+        shape, number = leaf.shape, leaf.number if is_packed(leaf) else str(leaf.dtype)
         # As Equinox prints an array: f32[256,4096].
         short = number.replace("float", "f").replace("uint", "u").replace("int", "i")
         key = jax.tree_util.keystr(path).removeprefix(".")
         shapes[key] = f"{short}[{','.join(map(str, shape))}]"
-        is_number = is_packed(leaf) or jnp.issubdtype(leaf.dtype, jnp.inexact)
-        count = math.prod(shape) if is_number else 0
+        count = math.prod(shape) if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
         parameters += count
-        num_bytes += sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+        num_bytes += sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(leaf))
         if len(shape) >= leading + 2 and not key.endswith("bias"):
             products += count
             # Packed weights are constants: they get no gradient, only the rows do.

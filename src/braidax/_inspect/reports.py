@@ -72,9 +72,15 @@ def report(
     names = checked_names(layer_names, len(tokens), "" if routers else STACKED)
     top_tokens = None
     if input_ids is not None:
-        text = functools.cache(functools.partial(_text, decode or str))
-        num_experts = figures["load"].shape[1]
-        top_tokens = tuple(_top_tokens(each, num_experts, text, num_top_tokens) for each in tokens)
+        text = functools.cache(functools.partial(_text, str if decode is None else decode))
+        experts = range(figures["load"].shape[1])
+        top_tokens = tuple(
+            tuple(
+                tuple(TopToken(i, text(i), n) for i, n in counts.of_expert(expert, num_top_tokens))
+                for expert in experts
+            )
+            for counts in tokens
+        )
     return Report(layer_names=tuple(names), routers=kinds, top_tokens=top_tokens, **figures)
 
 
@@ -92,12 +98,12 @@ def _figures(batches: Iterable[Any]) -> tuple[dict[str, np.ndarray], list[TokenC
         for counts, (layer, ids) in zip(tokens, layers, strict=True):
             if ids is not None:
                 counts.add(layer.indices[layer.mask], ids[layer.mask])
-    load = sums["load"]
-    total = load.sum(axis=1)
-    shares = load / np.where(total > 0, total, 1)[:, None]
     for name in ("confidence", "router_entropy"):
-        sum_, number = sums[name].T
-        sums[name] = np.divide(sum_, number, out=np.full(len(load), np.nan), where=number > 0)
+        total, number = sums[name].T
+        sums[name] = np.divide(total, number, out=np.full(len(total), np.nan), where=number > 0)
+    load = sums["load"]
+    total = load.sum(axis=1, keepdims=True)
+    shares = load / np.where(total > 0, total, 1)
     figures = {
         "max_violation": max_violation(load),
         "batch_max_violation": np.array(violations),
@@ -117,13 +123,3 @@ def _text(decode: Callable[[int], str], token_id: int) -> str:
     if not isinstance(text, str):
         raise TypeError(f"`decode` must return a str. Got {text!r:.60} for id {token_id}.")
     return text
-
-
-def _top_tokens(
-    counts: TokenCounts, num_experts: int, text: Callable[[int], str], number: int
-) -> tuple[tuple[TopToken, ...], ...]:
-    def of_expert(expert: int) -> tuple[TopToken, ...]:
-        pairs = zip(*(array[:number].tolist() for array in counts.of_expert(expert)), strict=True)
-        return tuple(TopToken(token, text(token), count) for token, count in pairs)
-
-    return tuple(map(of_expert, range(num_experts)))

@@ -2,22 +2,18 @@
 
 from typing import Any
 
-import jax
 from jaxtyping import PyTree
 
+from .._filters import routers
 from .._router import AbstractRouter, HashRouter, TopKRouter
 
 
 def find_routers(model: PyTree) -> list[AbstractRouter]:
     """The routers of `model` in model order. Raises `ValueError` if it has none."""
-
-    def is_router(node: Any) -> bool:
-        return isinstance(node, AbstractRouter)
-
-    routers = [node for node in jax.tree.leaves(model, is_leaf=is_router) if is_router(node)]
-    if not routers:
+    found = routers(model)
+    if not found:
         raise ValueError(f"`model` must hold a router. Got a {type(model).__name__} without one.")
-    return routers
+    return found
 
 
 def router_kind(router: AbstractRouter) -> str:

@@ -28,13 +28,13 @@ class TokenCounts:
         if num_waiting > max(_MERGE_AT_LEAST, self._counted.shape[1]):
             self._merge()
 
-    def of_expert(self, expert: int) -> tuple[Int64[np.ndarray, " _"], Int64[np.ndarray, " _"]]:
-        """`(token ids, counts)`, most frequent first. Equal counts are in order of their ids."""
+    def of_expert(self, expert: int, number: int) -> list[tuple[int, int]]:
+        """The `number` most frequent `(token id, count)`. Equal counts are in order of ids."""
         self._merge()
         first, last = np.searchsorted(self._counted[0], [expert, expert + 1])
         ids, counts = self._counted[1:, first:last]
-        order = np.lexsort((ids, -counts))
-        return ids[order], counts[order]
+        order = np.lexsort((ids, -counts))[:number]
+        return list(zip(ids[order].tolist(), counts[order].tolist(), strict=True))
 
     def _merge(self) -> None:
         if self._waiting:

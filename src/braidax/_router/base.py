@@ -1,17 +1,20 @@
 """What every router does with its gate; a subclass only selects experts."""
 
 import abc
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Integer, PRNGKeyArray, Real
+from jaxtyping import Array, ArrayLike, Bool, Int, PRNGKeyArray, Real
 
-from .._checks import array_dtype, last_axis
+from .._checks import array_kind, last_axis
 from .._compiled import compiled
-from .._routing import Routing, without_masked, zero_masked
+from .._routing import HiddenStates, InputIds, Mask, Routing, Scores, without_masked, zero_masked
 from .gate import Gate
+
+# Indices, and whether each token has a defined answer.
+Selection = tuple[Int[Array, "*batch experts_per_token"], Bool[Array, "*batch"]]
 
 
 class AbstractRouter(eqx.Module):
@@ -47,19 +50,16 @@ class AbstractRouter(eqx.Module):
     @abc.abstractmethod
     def select(
         self,
-        scores: Float[Array, "*batch experts"],
-        logits: Float[Array, "*batch experts"],
-        input_ids: Integer[Array, "*batch"] | None,
+        scores: Scores,
+        logits: Scores,
+        input_ids: InputIds | None,
         *,
         key: PRNGKeyArray | None,
-    ) -> tuple[Int[Array, "*batch experts_per_token"], Bool[Array, "*batch"]]:
-        """Which experts, for given scores.
+    ) -> Selection:
+        """Which experts, for given `scores` and `logits`, `(*batch, experts)` float32.
 
-        **Arguments:**
-
-        - `scores`, `logits`: `(*batch, experts)` float32.
-        - `input_ids`: `(*batch,)` token ids, or `None`.
-        - `key`: what the block was called with: for a router that draws random numbers.
+        A router may look at `input_ids`, `(*batch,)` or `None`, and draw random numbers with
+        `key`, what the block was called with.
 
         **Returns:** `(*batch, experts_per_token)` int32 indices, all within `[0, experts]`, of
         which `experts` is nobody; and `(*batch,)` bool, whether each token has a defined answer. A
@@ -69,8 +69,10 @@ class AbstractRouter(eqx.Module):
     def rebalanced(
         self, load: Int[Array, "*layers experts"], rate: Real[ArrayLike, ""]
     ) -> "AbstractRouter":
-        """This router after one step of size `rate` against a `load`, `(*layers, experts)`. A
-        router without a selection bias stays."""
+        """This router after one step of size `rate` against a `load`, `(*layers, experts)`.
+
+        A router without a selection bias stays.
+        """
         del load, rate
         return self
 
@@ -78,24 +80,19 @@ class AbstractRouter(eqx.Module):
     @jax.named_scope("braidax.router")
     def __call__(
         self,
-        hidden_states: Float[Array, "*batch hidden"],
-        input_ids: Integer[Array, "*batch"] | None = None,
+        hidden_states: HiddenStates,
+        input_ids: InputIds | None = None,
         *,
-        mask: Bool[Array, "*batch"] | None = None,
+        mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Routing:
         """Route every token.
 
-        **Arguments:**
-
         - `hidden_states`: `(*batch, hidden)`, any floating-point dtype.
-        - `input_ids`: `(*batch,)` token ids; needed by routers that look at ids, ignored by all
-            others.
+        - `input_ids`: `(*batch,)` token ids, for routers that look at ids.
         - `mask`: `(*batch,)` bool, `False` on padding. Padding goes to nobody and may hold
             anything, NaN and invalid ids included.
         - `key`: handed to `select`.
-
-        **Returns:** a `Routing` of int32 indices and float32 weights.
 
         **Raises:** `ValueError` or `TypeError` at trace time for a wrong shape or dtype.
         """
@@ -108,19 +105,10 @@ class AbstractRouter(eqx.Module):
         # A select: nothing that comes back through padding may reach the gate.
         undefined = ~defined[..., None] & (indices < scores.shape[-1])
         weights = jnp.where(undefined, jnp.nan, zero_masked(weights, mask))
-        return Routing(
-            indices=indices,
-            weights=weights,
-            scores=scores,
-            logits=logits,
-            mask=mask,
-            dropped=jnp.zeros((), jnp.int32),
-        )
+        return Routing(indices, weights, scores, logits, mask, jnp.zeros((), jnp.int32))
 
 
-def check_hidden_states(
-    router: AbstractRouter, hidden_states: Float[Array, "*batch hidden"]
-) -> None:
+def check_hidden_states(router: AbstractRouter, hidden_states: HiddenStates) -> None:
     """`router` is a single one, not stacked over layers, and `hidden_states` fit it."""
     shape = router.gate.weight.shape
     if len(shape) != 2:
@@ -131,30 +119,22 @@ def check_hidden_states(
     last_axis("hidden_states", hidden_states, shape[-1], "hidden")
 
 
-def check_mask(mask: Bool[Array, "*batch"] | None, batch: tuple[int, ...]) -> None:
+def check_mask(mask: Mask | None, batch: tuple[int, ...]) -> None:
     """`mask` is None or a bool array with one entry for each token."""
-    if mask is None:
-        return
-    dtype = array_dtype("mask", mask)
-    if dtype != jnp.bool_:
-        raise TypeError(f"`mask` must have dtype bool. Got {dtype}.")
-    if jnp.shape(mask) != tuple(batch):
-        raise ValueError(
-            f"`mask` must have the shape of `hidden_states` without its last axis, "
-            f"{tuple(batch)}. Got {jnp.shape(mask)}."
-        )
+    if mask is not None:
+        _check_entries("mask", mask, jnp.bool_, batch)
 
 
-def checked_ids(
-    input_ids: Integer[Array, "*batch"], batch: tuple[int, ...]
-) -> Integer[Array, "*batch"]:
+def checked_ids(input_ids: InputIds, batch: tuple[int, ...]) -> InputIds:
     """`input_ids`, if they are integers of shape `batch`; never broadcast."""
-    dtype = array_dtype("input_ids", input_ids)
-    if not jnp.issubdtype(dtype, jnp.integer):
-        raise TypeError(f"`input_ids` must have an integer dtype. Got {dtype}.")
-    if jnp.shape(input_ids) != tuple(batch):
-        raise ValueError(
-            f"`input_ids` must have the shape of `hidden_states` without its last axis, "
-            f"{tuple(batch)}. Got {jnp.shape(input_ids)}."
-        )
+    _check_entries("input_ids", input_ids, jnp.integer, batch)
     return input_ids
+
+
+def _check_entries(name: str, array: Array, kind: Any, batch: tuple[int, ...]) -> None:
+    array_kind(name, array, kind)
+    if jnp.shape(array) != tuple(batch):
+        raise ValueError(
+            f"`{name}` must have the shape of `hidden_states` without its last axis, "
+            f"{tuple(batch)}. Got {jnp.shape(array)}."
+        )

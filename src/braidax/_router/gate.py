@@ -1,23 +1,36 @@
 """The gate: scores of every expert, and the weights of those that were selected."""
 
 from collections.abc import Callable
+from typing import TypedDict
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._checks import boolean, floating_dtype, positive_integer, positive_number
+from .._routing import HiddenStates, Indices, Scores, Weights
 from .._scoring import normalized, sqrt_softplus
 
-ScoreFunction = Callable[[Float[Array, "*batch experts"]], Float[Array, "*batch experts"]]
+ScoreFunction = Callable[[Scores], Scores]
+
+
+class GateOptions(TypedDict, total=False):
+    """The keywords that a router hands on to its `Gate`, which has their defaults."""
+
+    score_function: ScoreFunction
+    normalize: bool
+    scaling_factor: float | int
+    temperature: float | int
+    use_bias: bool
+    dtype: DTypeLike | None
 
 
 class Gate(eqx.Module):
     """Scores every expert for every token, and weighs the experts that a router selects.
 
-    Everything is computed in float32 whatever the dtype of the parameters and of the input, and
-    the matrix product at the highest precision: a lower one changes which experts are selected.
+    Everything is computed in float32 whatever the dtypes, and the matrix product at the highest
+    precision: a lower one changes which experts are selected.
 
     - `weight`: `(experts, hidden)`.
     - `bias`: `(experts,)` or `None`, added to the logits and trained.
@@ -70,29 +83,29 @@ class Gate(eqx.Module):
 
         **Raises:** `ValueError` or `TypeError` naming the argument.
         """
-        shape = (
-            positive_integer("num_experts", num_experts),
-            positive_integer("hidden_size", hidden_size),
-        )
+        experts = positive_integer("num_experts", num_experts)
+        hidden = positive_integer("hidden_size", hidden_size)
         if not callable(score_function):
             raise TypeError(
                 "`score_function` must be a callable, as `jax.nn.sigmoid`. "
                 f"Got {score_function!r:.60}."
             )
         dtype = floating_dtype("dtype", dtype)
-        bound = hidden_size**-0.5
-        self.weight = jax.random.uniform(key, shape, dtype, -bound, bound)
-        self.bias = jnp.zeros(num_experts, dtype) if boolean("use_bias", use_bias) else None
+        bound = hidden**-0.5
+        self.weight = jax.random.uniform(key, (experts, hidden), dtype, -bound, bound)
+        self.bias = jnp.zeros(experts, dtype) if boolean("use_bias", use_bias) else None
         self.score_function = score_function
         self.normalize = boolean("normalize", normalize)
         self.scaling_factor = positive_number("scaling_factor", scaling_factor)
         self.temperature = positive_number("temperature", temperature)
 
     def __call__(
-        self, hidden_states: Float[Array, "*batch hidden"], *, key: PRNGKeyArray | None = None
-    ) -> tuple[Float[Array, "*batch experts"], Float[Array, "*batch experts"]]:
-        """`hidden_states`, `(*batch, hidden)`, to scores and logits, both `(*batch, experts)`
-        float32. `key` is ignored."""
+        self, hidden_states: HiddenStates, *, key: PRNGKeyArray | None = None
+    ) -> tuple[Scores, Scores]:
+        """Float32 scores and logits, `(*batch, experts)`, of `hidden_states`, `(*batch, hidden)`.
+
+        `key` is ignored.
+        """
         del key
         logits = jnp.matmul(
             hidden_states.astype(jnp.float32),
@@ -104,29 +117,14 @@ class Gate(eqx.Module):
         logits = logits / self.temperature
         return self.score_function(logits), logits
 
-    def weigh(
-        self,
-        scores: Float[Array, "*batch experts"],
-        indices: Int[Array, "*batch experts_per_token"],
-    ) -> Float[Array, "*batch experts_per_token"]:
-        """The weights of the experts `indices`, `(*batch, experts_per_token)`: their `scores`,
-        normalized and scaled. Nobody has weight 0."""
+    def weigh(self, scores: Scores, indices: Indices) -> Weights:
+        """The weights of the experts `indices`, `(*batch, experts_per_token)`.
+
+        The weights are the experts' `scores`, of `(*batch, experts)`, normalized and scaled.
+        Nobody has weight 0.
+        """
         somebody = indices < scores.shape[-1]
         within = jnp.where(somebody, indices, 0)
         weights = jnp.take_along_axis(scores, within, axis=-1, mode="promise_in_bounds")
         weights = jnp.where(somebody, weights, 0)
-        if self.normalize:
-            weights = normalized(weights)
-        return weights * self.scaling_factor
-
-
-def checked_experts_per_token(num_experts_per_token: int, num_experts: int) -> int:
-    """`num_experts_per_token` as an int of 1 to `num_experts`; `ValueError` or `TypeError`
-    otherwise."""
-    number = positive_integer("num_experts_per_token", num_experts_per_token)
-    if number > num_experts:
-        raise ValueError(
-            "`num_experts_per_token` must be at most `num_experts`. "
-            f"Got {number} and {num_experts}."
-        )
-    return number
+        return (normalized(weights) if self.normalize else weights) * self.scaling_factor

@@ -1,18 +1,18 @@
 """`HashRouter`: a fixed token id -> experts assignment with learned weights."""
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer, PRNGKeyArray
+from jaxtyping import Array, Int, Integer, PRNGKeyArray
 
 from .. import hash_tables
-from .._checks import at_least_int32
-from .._scoring import sqrt_softplus
-from .base import AbstractRouter, checked_ids
-from .gate import Gate, ScoreFunction, checked_experts_per_token
+from .._checks import array_kind, at_least_int32, experts_per_token
+from .._routing import InputIds, Scores
+from .base import AbstractRouter, Selection, checked_ids
+from .gate import Gate, GateOptions
 
 
 class HashRouter(AbstractRouter):
@@ -51,37 +51,22 @@ class HashRouter(AbstractRouter):
         *,
         table: Integer[np.ndarray, "vocab experts_per_token"]
         | Integer[Array, "vocab experts_per_token"],
-        score_function: ScoreFunction = sqrt_softplus,
-        normalize: bool = True,
-        scaling_factor: float | int = 1.0,
-        temperature: float | int = 1.0,
-        use_bias: bool = False,
-        dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
+        **gate_options: Unpack[GateOptions],
     ):
         """**Arguments:**
 
         - `hidden_size`, `num_experts`, `num_experts_per_token`: sizes.
         - `table`: integers `(vocab, experts_per_token)` in `[0, num_experts)`, from
             `braidax.hash_tables` or a checkpoint. An expert named twice in a row counts twice.
-        - `score_function`, `normalize`, `scaling_factor`, `temperature`, `use_bias`, `dtype`,
-            `key`: as for `Gate`.
+        - `key` and the `gate_options`, which are `score_function`, `normalize`,
+            `scaling_factor`, `temperature`, `use_bias` and `dtype`: as for `Gate`.
 
         **Raises:** `ValueError` or `TypeError` naming the argument. The table's content is
         checked, so it must be concrete: build the router outside of `jax.jit`.
         """
-        self.gate = Gate(
-            hidden_size,
-            num_experts,
-            score_function=score_function,
-            normalize=normalize,
-            scaling_factor=scaling_factor,
-            temperature=temperature,
-            use_bias=use_bias,
-            dtype=dtype,
-            key=key,
-        )
-        self.num_experts_per_token = checked_experts_per_token(num_experts_per_token, num_experts)
+        self.gate = Gate(hidden_size, num_experts, key=key, **gate_options)
+        self.num_experts_per_token = experts_per_token(num_experts_per_token, num_experts)
         try:
             table = np.asarray(table)
         except jax.errors.TracerArrayConversionError:
@@ -101,17 +86,16 @@ class HashRouter(AbstractRouter):
 
     def select(
         self,
-        scores: Float[Array, "*batch experts"],
-        logits: Float[Array, "*batch experts"],
-        input_ids: Integer[Array, "*batch"] | None,
+        scores: Scores,
+        logits: Scores,
+        input_ids: InputIds | None,
         *,
         key: PRNGKeyArray | None,
-    ) -> tuple[Int[Array, "*batch experts_per_token"], Bool[Array, "*batch"]]:
-        """The table's rows at `input_ids`; `scores` and `key` play no part. As
-        `AbstractRouter.select`.
+    ) -> Selection:
+        """The table's rows at `input_ids`, as `AbstractRouter.select`.
 
-        **Raises:** `ValueError` or `TypeError` at trace time for ids that are missing or of
-        another shape or dtype.
+        **Raises:** `ValueError` or `TypeError` for ids that are missing or of another shape or
+        dtype.
         """
         del logits, key
         if input_ids is None:
@@ -120,11 +104,7 @@ class HashRouter(AbstractRouter):
                 "Got None."
             )
         input_ids = checked_ids(input_ids, scores.shape[:-1])
-        if not jnp.issubdtype(self.table.dtype, jnp.integer):
-            raise TypeError(
-                f"`table` must have an integer dtype. Got {self.table.dtype}: was it averaged or "
-                "cast as a parameter?"
-            )
+        array_kind("table", self.table, jnp.integer, " Was it averaged or cast as a parameter?")
         # Wide ids are compared in their own dtype: narrowing first would wrap them into range.
         input_ids = at_least_int32(input_ids)
         known = jnp.asarray((input_ids >= 0) & (input_ids < self.table.shape[0]))

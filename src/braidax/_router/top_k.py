@@ -1,17 +1,17 @@
 """`TopKRouter`: the highest scores win, after a bias that only selection sees."""
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int, Integer, PRNGKeyArray, Real
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Real
 
 from .._balance import updated_bias
-from .._checks import positive_integer
-from .._scoring import sqrt_softplus
-from .base import AbstractRouter
-from .gate import Gate, ScoreFunction, checked_experts_per_token
+from .._checks import array_kind, experts_per_token, integer, positive_integer
+from .._routing import InputIds, Scores
+from .base import AbstractRouter, Selection
+from .gate import Gate, GateOptions
 
 
 class TopKRouter(AbstractRouter):
@@ -29,8 +29,7 @@ class TopKRouter(AbstractRouter):
     - `score_correction_bias`: `(experts,)`, 0 at construction.
     - all others: the arguments of the constructor.
 
-    **Source:** DeepSeek-V3 (arXiv:2412.19437), section 2.1.2; the scores of DeepSeek-V4
-    (arXiv:2606.19348), section 2.1.
+    **Source:** DeepSeek-V3 (arXiv:2412.19437), section 2.1.2.
 
     **Example:** the bias moves the selection, the weights sum to the scaling factor all the same.
 
@@ -59,53 +58,36 @@ class TopKRouter(AbstractRouter):
         *,
         num_groups: int = 1,
         num_selected_groups: int = 1,
-        score_function: ScoreFunction = sqrt_softplus,
-        normalize: bool = True,
-        scaling_factor: float | int = 1.0,
-        temperature: float | int = 1.0,
-        use_bias: bool = False,
-        dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
+        **gate_options: Unpack[GateOptions],
     ):
         """**Arguments:**
 
         - `hidden_size`, `num_experts`, `num_experts_per_token`: sizes.
         - `num_groups`, `num_selected_groups`: selection limited to the groups of consecutive
             experts with the highest sum of two best biased scores; 1 and 1 for no limit.
-        - `score_function`, `normalize`, `scaling_factor`, `temperature`, `use_bias`, `dtype`,
-            `key`: as for `Gate`.
+        - `key` and the `gate_options`, which are `score_function`, `normalize`,
+            `scaling_factor`, `temperature`, `use_bias` and `dtype`: as for `Gate`.
 
         **Raises:** `ValueError` or `TypeError` naming the argument.
         """
-        self.gate = Gate(
-            hidden_size,
-            num_experts,
-            score_function=score_function,
-            normalize=normalize,
-            scaling_factor=scaling_factor,
-            temperature=temperature,
-            use_bias=use_bias,
-            dtype=dtype,
-            key=key,
-        )
-        self.num_experts_per_token = checked_experts_per_token(num_experts_per_token, num_experts)
+        self.gate = Gate(hidden_size, num_experts, key=key, **gate_options)
+        self.num_experts_per_token = experts_per_token(num_experts_per_token, num_experts)
         _check_groups(num_experts, num_experts_per_token, num_groups, num_selected_groups)
         self.score_correction_bias = jnp.zeros(num_experts, jnp.float32)
-        self.num_groups = int(num_groups)
-        self.num_selected_groups = int(num_selected_groups)
+        self.num_groups, self.num_selected_groups = int(num_groups), int(num_selected_groups)
 
     def select(
         self,
-        scores: Float[Array, "*batch experts"],
-        logits: Float[Array, "*batch experts"],
-        input_ids: Integer[Array, "*batch"] | None,
+        scores: Scores,
+        logits: Scores,
+        input_ids: InputIds | None,
         *,
         key: PRNGKeyArray | None,
-    ) -> tuple[Int[Array, "*batch experts_per_token"], Bool[Array, "*batch"]]:
-        """Bias-corrected, group-limited top-k of `scores`; `input_ids` and `key` are ignored. As
-        `AbstractRouter.select`.
+    ) -> Selection:
+        """Bias-corrected, group-limited top-k of `scores`, as `AbstractRouter.select`.
 
-        **Raises:** `ValueError` or `TypeError` at trace time for a bias of another shape or dtype.
+        **Raises:** `ValueError` or `TypeError` for a bias of another shape or dtype.
         """
         del input_ids, key
         bias = jnp.asarray(self.score_correction_bias)
@@ -125,12 +107,9 @@ class TopKRouter(AbstractRouter):
     def rebalanced(
         self, load: Int[Array, "*layers experts"], rate: Real[ArrayLike, ""]
     ) -> "TopKRouter":
-        """The router whose bias made one `updated_bias` step of size `rate` against `load`,
-        `(*layers, experts)` integer counts.
+        """The router whose bias made one step of size `rate` against a `load`.
 
-        **Raises:** as `updated_bias` does.
-
-        **Example:**
+        The counts are `(*layers, experts)`. **Raises:** as `updated_bias` does. **Example:**
 
             >>> import braidax as bx, jax
             >>> router = bx.TopKRouter(32, 4, 2, key=jax.random.key(0))
@@ -141,9 +120,7 @@ class TopKRouter(AbstractRouter):
         return eqx.tree_at(lambda router: router.score_correction_bias, self, bias)
 
 
-def _keep_best_groups(
-    corrected: Float[Array, "*batch experts"], num_groups: int, num_selected: int
-) -> Float[Array, "*batch experts"]:
+def _keep_best_groups(corrected: Scores, num_groups: int, num_selected: int) -> Scores:
     """Experts outside the selected groups become -inf: 0 would beat a negative biased score."""
     grouped = corrected.reshape(*corrected.shape[:-1], num_groups, -1)
     # Finite for the ranking of groups: beside one -inf a good expert must still count.
@@ -163,10 +140,7 @@ def _keep_best_groups(
 
 def _check_bias(bias: Array, num_experts: int) -> None:
     """The bias may have been replaced since construction; an odd shape would broadcast."""
-    if not jnp.issubdtype(bias.dtype, jnp.floating):
-        raise TypeError(
-            f"`score_correction_bias` must have a floating-point dtype. Got {bias.dtype}."
-        )
+    array_kind("score_correction_bias", bias, jnp.floating)
     if bias.shape != (num_experts,):
         raise ValueError(
             f"`score_correction_bias` must have shape (experts={num_experts},). Got {bias.shape}."
@@ -177,16 +151,9 @@ def _check_groups(
     num_experts: int, num_experts_per_token: int, num_groups: int, num_selected_groups: int
 ) -> None:
     positive_integer("num_groups", num_groups)
-    positive_integer("num_selected_groups", num_selected_groups)
+    integer("num_selected_groups", num_selected_groups, 1, num_groups)
     if num_experts % num_groups != 0:
-        raise ValueError(
-            f"`num_groups` must divide `num_experts`. Got {num_groups} and {num_experts}."
-        )
-    if num_selected_groups > num_groups:
-        raise ValueError(
-            "`num_selected_groups` must be at most `num_groups`. "
-            f"Got {num_selected_groups} and {num_groups}."
-        )
+        raise ValueError(f"`num_groups` must divide num_experts={num_experts}. Got {num_groups}.")
     group_size = num_experts // num_groups
     if num_groups > 1 and group_size < 2:
         raise ValueError(

@@ -77,6 +77,11 @@ def plot_token_experts(
     for token, label in enumerate(labels):
         colour = foreground(ax) if data.mask[token] else NO_VALUE
         page.write(ax, token, 0, label, colour, font)
+    _finish(ax, page)
+    return ax
+
+
+def _finish(ax: Any, page: Page) -> None:
     starts = np.unique(page.line, return_index=True)[1]
     ax.set(xlim=(-0.5, page.num_columns), ylim=(page.num_rows - 0.6, -0.2), xticks=[])
     ax.set(ylabel="Position of first token", title="Experts of each token, largest weight on top")
@@ -84,7 +89,6 @@ def plot_token_experts(
     ax.tick_params(length=0)
     ax.grid(False)
     ax.spines[:].set_visible(False)
-    return ax
 
 
 def _draw_cells(ax: Any, page: Page, data: Assignments, font: Any) -> None:
@@ -111,24 +115,22 @@ def _draw_cells(ax: Any, page: Page, data: Assignments, font: Any) -> None:
     cells = PolyCollection(boxes, array=weights, cmap=colours, norm=norm, linewidths=0)
     ax.add_collection(cells)
     fills = colours(norm(weights))
-    each = zip(tokens.tolist(), rows.tolist(), indices, fills, strict=True)
-    for token, row, expert, fill in each:
+    for token, row, expert, fill in zip(
+        tokens.tolist(), rows.tolist(), indices, fills, strict=True
+    ):
         page.write(ax, token, row, str(expert), "black" if is_light(fill) else "white", font)
     legend = []
     padding = np.flatnonzero(~data.mask)
     if len(padding):
-        hatched: dict[str, Any] = {
-            "hatch": "////",
-            "facecolor": "none",
-            "edgecolor": NO_VALUE,
-            "linewidth": 0.5,
-        }
-        ax.add_collection(PolyCollection(page.boxes(padding, 1, experts_per_token), **hatched))
-        legend.append(Patch(label="padding", **hatched))
+        look: dict[str, Any] = dict(
+            hatch="////", facecolor="none", edgecolor=NO_VALUE, linewidth=0.5
+        )
+        ax.add_collection(PolyCollection(page.boxes(padding, 1, experts_per_token), **look))
+        legend.append(Patch(label="padding", **look))
     if weights.size > finite.size:
         legend.append(Patch(label="weight not finite", facecolor=_NOT_FINITE))
     bottom = {"location": "bottom", "shrink": 0.5, "aspect": 30, "pad": 0.0}
     ax.figure.colorbar(cells, ax=ax, label="Routing weight", **bottom)
     if legend:
-        place = {"loc": "upper right", "bbox_to_anchor": (1.0, 0.0)}
-        ax.legend(handles=legend, frameon=False, ncols=2, labelcolor=foreground(ax), **place)
+        corner = {"loc": "upper right", "bbox_to_anchor": (1.0, 0.0)}
+        ax.legend(handles=legend, frameon=False, ncols=2, labelcolor=foreground(ax), **corner)

@@ -1,4 +1,4 @@
-"""What the optimiser may change in a model, and the bias update that it must not make."""
+"""What the optimizer may change in a model, and the bias update that it must not make."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,27 +7,44 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, ArrayLike, Int32, PyTree, Real
 
-from .._balance import count_assignments
-from .._mesh import reduction_on_any_mesh
-from .._router.base import AbstractRouter
-from .._routing import Routing
+from ._balance import count_assignments
+from ._mesh import reduction_on_any_mesh
+from ._router.base import AbstractRouter
+from ._routing import Routing
 
 
-def _is_router(node: Any) -> bool:
+def is_router(node: Any) -> bool:
+    """Whether `node` is a router, for `is_leaf` of `jax.tree` functions."""
     return isinstance(node, AbstractRouter)
+
+
+def routers(model: PyTree) -> list[AbstractRouter]:
+    """The routers of `model`, any tree, in the order in which `rebalance` takes their routings.
+
+    A router stacked over layers is one of them.
+
+    **Example:**
+
+        >>> import braidax as bx, jax
+        >>> first, second = jax.random.split(jax.random.key(0))
+        >>> model = [bx.TopKRouter(32, 8, 2, key=first), bx.TopKRouter(32, 16, 2, key=second)]
+        >>> [router.gate.weight.shape for router in bx.routers(model)]
+        [(8, 32), (16, 32)]
+    """
+    return [node for node in jax.tree.leaves(model, is_leaf=is_router) if is_router(node)]
 
 
 def _mask(tree: PyTree, rule: Callable[[Any], bool]) -> PyTree[bool]:
     """`rule(leaf)` for every leaf of `tree`, and False in the routers' untrained fields."""
-    untrained = tree.untrained_fields if _is_router(tree) else ()
+    untrained = tree.untrained_fields if is_router(tree) else ()
 
     def visit(path: tuple, node: Any) -> PyTree[bool]:
         if path and getattr(path[0], "name", None) in untrained:
             return jax.tree.map(lambda _: False, node)
-        return _mask(node, rule) if _is_router(node) and node is not tree else rule(node)
+        return _mask(node, rule) if is_router(node) and node is not tree else rule(node)
 
     # A router within a router is reached too: it is a leaf here and a tree in the inner call.
-    inner = lambda node: _is_router(node) and node is not tree  # noqa: E731
+    inner = lambda node: is_router(node) and node is not tree  # noqa: E731
     return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=inner)
 
 
@@ -66,10 +83,6 @@ def decay_mask(params: PyTree) -> PyTree[bool]:
         (True, False)
     """
     return _mask(params, lambda _: True)
-
-
-def _routers(model: PyTree) -> list[AbstractRouter]:
-    return [node for node in jax.tree.leaves(model, is_leaf=_is_router) if _is_router(node)]
 
 
 def _layer_loads(router: AbstractRouter, routing: Routing, position: int) -> Int32[Array, "..."]:
@@ -129,20 +142,20 @@ def rebalance(
     routings = [routings] if isinstance(routings, Routing) else list(routings)
 
     def find(tree: PyTree) -> list[Any]:
-        found = _routers(tree) if where is None else where(tree)
-        return [found] if _is_router(found) else list(found)
+        nodes = routers(tree) if where is None else where(tree)
+        return [nodes] if is_router(nodes) else list(nodes)
 
-    routers = find(model)
-    for router in routers:
-        if not _is_router(router):
+    found = find(model)
+    for router in found:
+        if not is_router(router):
             raise TypeError(f"`where` must return routers. Got {type(router).__name__}.")
-    if len(routers) != len(routings):
+    if len(found) != len(routings):
         raise ValueError(
             "`routings` must hold one Routing per router of the model. "
-            f"Got {len(routings)} routings for {len(routers)} routers."
+            f"Got {len(routings)} routings for {len(found)} routers."
         )
-    if not routers:
+    if not found:
         raise ValueError("`model` must hold at least one router. Got none.")
-    loads = [_layer_loads(*pair, i) for i, pair in enumerate(zip(routers, routings, strict=True))]
-    new = [router.rebalanced(load, rate) for router, load in zip(routers, loads, strict=True)]
+    loads = [_layer_loads(*pair, i) for i, pair in enumerate(zip(found, routings, strict=True))]
+    new = [router.rebalanced(load, rate) for router, load in zip(found, loads, strict=True)]
     return eqx.tree_at(find, model, new)

@@ -10,7 +10,7 @@ VOCAB_SIZE = 256  # a token is a byte
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: one line that names it, shown without a traceback."""
+    """A mistake in what the user gave, in one line: the command line shows no traceback."""
 
 
 def _option(default: Any, help: str, minimum: int | None = None) -> Any:
@@ -19,7 +19,10 @@ def _option(default: Any, help: str, minimum: int | None = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that decides the result of a run. Raises `UserError` for a bad value."""
+    """Everything that decides the result of a run, and nothing else.
+
+    `python -m braidax train --help` explains every field. Raises `UserError` for a bad value.
+    """
 
     text: str | None = _option(
         None,
@@ -35,10 +38,8 @@ class Settings:
     )
     balance_rate: float = _option(
         0.01,
-        "how far the selection bias of every top-k router moves after each optimizer step, at the"
-        " peak of the learning rate's schedule, which it follows; 0 turns balancing off."
-        " DeepSeek-V4 uses 0.001, which suits long runs: a bias moves at most rate x steps, so a"
-        " few hundred steps need more",
+        "how far a step moves the selection bias of every top-k router, at the peak of the same"
+        " schedule; 0 turns balancing off. DeepSeek-V4 uses 0.001, which suits long runs",
         0,
     )
     dense: bool = _option(
@@ -60,21 +61,23 @@ class Settings:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            _check(flag(field.name), getattr(self, field.name), field)
+            value, minimum = getattr(self, field.name), field.metadata["minimum"]
+            if minimum is not None and not minimum <= value < 2**31:
+                raise UserError(
+                    f"{flag(field.name)} must be at least {minimum} and below 2**31."
+                    f" Got {value!s:.60}."
+                )
         if self.hidden % (2 * self.heads):
             raise UserError(
                 "--hidden must be a multiple of twice --heads (positions rotate pairs)."
                 f" Got {self.hidden} and {self.heads}."
             )
-        if self.experts_per_token > self.experts:
-            raise UserError(
-                "--experts-per-token must be at most --experts."
-                f" Got {self.experts_per_token} and {self.experts}."
-            )
-        if self.hash_layers > self.layers:
-            raise UserError(
-                f"--hash-layers must be at most --layers. Got {self.hash_layers} and {self.layers}."
-            )
+        for part, whole in (("experts_per_token", "experts"), ("hash_layers", "layers")):
+            if getattr(self, part) > getattr(self, whole):
+                raise UserError(
+                    f"{flag(part)} must be at most {flag(whole)}."
+                    f" Got {getattr(self, part)} and {getattr(self, whole)}."
+                )
 
     def moe_config(self) -> MoEConfig:
         """The routed layers of this run."""
@@ -89,40 +92,15 @@ class Settings:
         )
 
     def layer_names(self) -> tuple[str, ...]:
-        """One name per routed layer, hashed ones marked; none for a dense model."""
-        if self.dense:
-            return ()
-        return tuple(
-            f"{layer} (hash)" if layer < self.hash_layers else str(layer)
-            for layer in range(self.layers)
-        )
+        """One name per routed layer, hash layers marked; none for a dense model."""
+        names = (f"{i} (hash)" if i < self.hash_layers else str(i) for i in range(self.layers))
+        return () if self.dense else tuple(names)
 
     def dense_width(self) -> int:
         """Width of the dense SwiGLU whose `3 * hidden * width` parameters are at least the active
         ones of a routed layer: experts in use, shared experts and the gate."""
         active = (self.experts_per_token + self.shared_experts) * self.intermediate
         return active + math.ceil(self.experts / 3)
-
-
-def _check(name: str, value: Any, field: dataclasses.Field) -> None:
-    """Raise `UserError` unless `value` has the field's type and lies in its range."""
-    # `int` is no instance check: True is an int, and 3 does as a rate.
-    allowed = {bool: (bool,), int: (int,), float: (int, float)}.get(field.type, (str, type(None)))
-    if type(value) not in allowed:
-        raise UserError(f"{name} must be of type {_type_name(field.type)}. Got {value!r:.60}.")
-    minimum = field.metadata["minimum"]
-    if minimum is None:
-        return
-    if not value >= minimum:
-        raise UserError(f"{name} must be at least {minimum}. Got {value}.")
-    # Counts are int32 in the compiled step, rates float32; seeds have 32 bits.
-    power = 32 if name == "--seed" else (127 if field.type is float else 31)
-    if value >= 2**power:
-        raise UserError(f"{name} must be below 2**{power}. Got {value!r:.60}.")
-
-
-def _type_name(kind: Any) -> str:
-    return getattr(kind, "__name__", str(kind))
 
 
 def flag(name: str) -> str:

@@ -11,66 +11,28 @@ from .._routing import Routing
 from .settings import VOCAB_SIZE, Settings
 
 
-class CausalAttention(eqx.Module):
-    """Multi-head causal attention with rotary positions (Su et al. 2021)."""
-
-    query_key_value: eqx.nn.Linear
-    output: eqx.nn.Linear
-    rotary: eqx.nn.RotaryPositionalEmbedding
-    num_heads: int = eqx.field(static=True)
-
-    def __init__(self, hidden_size: int, num_heads: int, *, key: PRNGKeyArray):
-        """`hidden_size` must be a multiple of `2 * num_heads`."""
-        keys = jax.random.split(key)
-        self.query_key_value = eqx.nn.Linear(
-            hidden_size, 3 * hidden_size, use_bias=False, key=keys[0]
-        )
-        self.output = eqx.nn.Linear(hidden_size, hidden_size, use_bias=False, key=keys[1])
-        self.rotary = eqx.nn.RotaryPositionalEmbedding(hidden_size // num_heads)
-        self.num_heads = num_heads
-
-    def __call__(
-        self, hidden_states: Float[Array, "batch tokens hidden"]
-    ) -> Float[Array, "batch tokens hidden"]:
-        batch, tokens, hidden = hidden_states.shape
-        projected = _per_token(self.query_key_value, hidden_states)
-        heads = projected.reshape(batch, tokens, 3, self.num_heads, hidden // self.num_heads)
-        query, key, value = jnp.moveaxis(heads, 2, 0)
-        rotate = jax.vmap(jax.vmap(self.rotary, in_axes=1, out_axes=1))
-        attended = jax.nn.dot_product_attention(rotate(query), rotate(key), value, is_causal=True)
-        return _per_token(self.output, attended.reshape(batch, tokens, hidden))
-
-
-class DenseFeedForward(eqx.Module):
-    """One FeedForward for every token behind the block's interface: there is no routing to return."""
-
-    feed_forward: FeedForward
-
-    def __call__(
-        self,
-        hidden_states: Float[Array, "batch tokens hidden"],
-        input_ids: Int[Array, "batch tokens"],
-    ) -> tuple[Float[Array, "batch tokens hidden"], None]:
-        del input_ids
-        return self.feed_forward(hidden_states), None
-
-
 class DecoderLayer(eqx.Module):
-    """Attention, then feed-forward, each normalised before and added to the residual stream."""
+    """Attention, then a mixture-of-experts block; each is normalized before and added after.
+
+    Positions rotate queries and keys (Su et al. 2021). The dense baseline has one feed-forward
+    network in place of the block.
+    """
 
     attention_norm: eqx.nn.RMSNorm
-    attention: CausalAttention
+    attention: eqx.nn.MultiheadAttention
+    positions: eqx.nn.RotaryPositionalEmbedding
     feed_forward_norm: eqx.nn.RMSNorm
-    feed_forward: RoutedAndSharedMoE | DenseFeedForward
+    feed_forward: RoutedAndSharedMoE | FeedForward
 
     def __init__(self, settings: Settings, layer_idx: int, *, key: PRNGKeyArray):
+        hidden, heads = settings.hidden, settings.heads
         attention_key, feed_forward_key = jax.random.split(key)
-        self.attention_norm = eqx.nn.RMSNorm(settings.hidden, use_bias=False)
-        self.attention = CausalAttention(settings.hidden, settings.heads, key=attention_key)
-        self.feed_forward_norm = eqx.nn.RMSNorm(settings.hidden, use_bias=False)
+        self.attention_norm = eqx.nn.RMSNorm(hidden, use_bias=False)
+        self.attention = eqx.nn.MultiheadAttention(heads, hidden, key=attention_key)
+        self.positions = eqx.nn.RotaryPositionalEmbedding(hidden // heads)
+        self.feed_forward_norm = eqx.nn.RMSNorm(hidden, use_bias=False)
         if settings.dense:
-            swiglu = FeedForward(settings.hidden, settings.dense_width(), key=feed_forward_key)
-            self.feed_forward = DenseFeedForward(swiglu)
+            self.feed_forward = FeedForward(hidden, settings.dense_width(), key=feed_forward_key)
         else:
             self.feed_forward = RoutedAndSharedMoE.from_config(
                 settings.moe_config(), layer_idx, key=feed_forward_key
@@ -82,14 +44,25 @@ class DecoderLayer(eqx.Module):
         input_ids: Int[Array, "batch tokens"],
     ) -> tuple[Float[Array, "batch tokens hidden"], Routing | None]:
         normed = _per_token(self.attention_norm, hidden_states)
-        hidden_states = hidden_states + self.attention(normed)
+        hidden_states = hidden_states + jax.vmap(self._attend)(normed)
         normed = _per_token(self.feed_forward_norm, hidden_states)
+        if isinstance(self.feed_forward, FeedForward):
+            return hidden_states + self.feed_forward(normed), None
         output, routing = self.feed_forward(normed, input_ids)
         return hidden_states + output, routing
 
+    def _attend(self, normed: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
+        causal = jnp.tril(jnp.ones((len(normed), len(normed)), bool))
+        rotate = jax.vmap(self.positions, in_axes=1, out_axes=1)
+
+        def rotated(query, key, value):
+            return rotate(query), rotate(key), value
+
+        return self.attention(normed, normed, normed, causal, process_heads=rotated)
+
 
 class LanguageModel(eqx.Module):
-    """Predicts the next byte. Returns the logits and one `Routing` per routed layer."""
+    """Predicts the next byte: `model(input_ids) -> (logits, one Routing per routed layer)`."""
 
     embedding: eqx.nn.Embedding
     layers: tuple[DecoderLayer, ...]

@@ -1,1 +1,0 @@
-"""Training helpers that sit on top of the layer."""
