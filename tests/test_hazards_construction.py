@@ -125,6 +125,13 @@ REPLACED = {
         r"`score_correction_bias` must have shape \(experts=5,\). Got \(1,\)",
     ),
     "a bias with an axis more": ("top_k", bias, lambda a: a[None], ValueError, r"Got \(1, 5\)"),
+    "a trained bias of one": (
+        "hash",
+        lambda b: b.routed.router.gate.bias,
+        lambda a: jnp.zeros(1),
+        ValueError,
+        r"`bias` must have the \(experts,\) of `weight`, \(5,\). Got \(1,\)",
+    ),
     "an integer bias": (
         "top_k",
         bias,
@@ -179,7 +186,7 @@ REPLACED = {
 def test_arrays_replaced_by_something_that_does_not_fit(name, unchecked):
     kind, where, change, error, text = REPLACED[name]
     block = layer(kind)
-    broken = eqx.tree_at(where, block, change(where(block)))
+    broken = eqx.tree_at(where, block, change(where(block)), is_leaf=lambda leaf: leaf is None)
     for call in (broken, eqx.filter_jit(broken)):
         with pytest.raises(error, match=text):
             call(*make_inputs((4,)))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from .._checks import boolean, floating_dtype, positive_integer, positive_number
+from .._checks import boolean, floating_dtype, positive_integer, positive_number, same_sizes
 from .._routing import HiddenStates, Indices, Scores, Weights
 from .._scoring import normalized, sqrt_softplus
 
@@ -113,6 +113,7 @@ class Gate(eqx.Module):
             precision=jax.lax.Precision.HIGHEST,
         )
         if self.bias is not None:
+            same_sizes("bias", self.bias.shape, logits.shape[-1:], "the (experts,) of `weight`")
             logits = logits + jnp.broadcast_to(self.bias.astype(jnp.float32), logits.shape)
         logits = logits / self.temperature
         return self.score_function(logits), logits
