@@ -138,7 +138,9 @@ def test_value_out_of_range(name, value):
 
 
 @pytest.mark.parametrize("value", [True, 2.0, "2"])
-@pytest.mark.parametrize("name", ["num_experts", "num_hash_layers", "vocab_size", "num_groups"])
+@pytest.mark.parametrize(
+    "name", ["num_experts", "num_hash_layers", "num_shared_experts", "vocab_size", "num_groups"]
+)
 def test_only_integers_are_counts(name, value, unchecked):
     hashed = {"num_hash_layers": 1} if name == "vocab_size" else {}
     with pytest.raises(TypeError, match=f"`{name}` must be an integer"):
@@ -287,7 +289,7 @@ def test_unsupported_value_is_named(key, value, named):
         ("num_experts_per_tok", True, "num_experts_per_token"),
         ("swiglu_limit", math.nan, "limit"),
         ("swiglu_limit", True, "limit"),
-        ("n_shared_experts", -1, "config.num_shared_experts"),
+        ("n_shared_experts", -1, "num_shared_experts"),
         ("vocab_size", None, "config.vocab_size"),
     ],
 )
@@ -298,6 +300,13 @@ def test_a_value_that_no_layer_can_have_is_read_and_refused_by_the_layer(
     config = from_hf({**V4_FLASH_JSON, **small, key: value})
     with pytest.raises((TypeError, ValueError), match=f"^`{named}` must .*Got "):
         layer(config)
+
+
+def test_a_mistake_is_found_before_the_experts_are_made(monkeypatch):
+    """DeepSeek-V3's take 45 GB."""
+    monkeypatch.setattr("braidax._moe.Experts", None)
+    with pytest.raises(ValueError, match="`score_function` must be one of"):
+        layer(make(score_function="relu"))
 
 
 def test_bad_files_name_the_path(tmp_path):

@@ -102,6 +102,8 @@ class RoutedMoE(eqx.Module):
         numbers of `config` that are out of range.
         """
         router_key, experts_key = jax.random.split(key)
+        # The router first: it finds most mistakes, and the experts take gigabytes.
+        router = router_from_config(config, layer_idx, dtype=dtype, key=router_key)
         experts = Experts(
             config.num_experts,
             config.hidden_size,
@@ -110,7 +112,7 @@ class RoutedMoE(eqx.Module):
             dtype=dtype,
             key=experts_key,
         )
-        return cls(router_from_config(config, layer_idx, dtype=dtype, key=router_key), experts)
+        return cls(router, experts)
 
     @compiled
     def __call__(
@@ -187,7 +189,7 @@ class RoutedAndSharedMoE(eqx.Module):
 
         **Raises:** as that, and `ValueError` if the configuration has no shared expert.
         """
-        if config.num_shared_experts < 1:
+        if integer("num_shared_experts", config.num_shared_experts, 0) < 1:
             raise ValueError(
                 "`config.num_shared_experts` must be at least 1. "
                 f"Got {config.num_shared_experts}: use `RoutedMoE`."
