@@ -143,7 +143,27 @@ def test_wide_ids_are_not_wrapped_into_the_vocabulary(unchecked):
     with jax.enable_x64(True):
         routing = eqx.filter_jit(router)(jnp.ones((3, HIDDEN), jnp.float32), jnp.asarray(ids))
         assert routing.indices.dtype == jnp.int32
-    # As numpy, and not through jit, they are still whole when the router sees them.
-    for got in (routing, router(jnp.ones((3, HIDDEN)), ids)):
+    # As numpy, and not through a jit of the caller, they are whole when the router is called.
+    routings = [routing, router(jnp.ones((3, HIDDEN)), ids)]
+    routings += [router(jnp.ones((3, HIDDEN)), ids.astype(np.uint64))]
+    for got in routings:
         np.testing.assert_array_equal(np.asarray(got.indices)[[0, 2]], table[[7, 999]])
         assert np.isnan(np.asarray(got.weights)).all(axis=1).tolist() == [False, True, False]
+    for number in (2**32 + 5, 2**70, -1 - 2**31):
+        assert np.isnan(np.asarray(router(jnp.ones(HIDDEN), number).weights)).all()
+
+
+@pytest.mark.hazard(14)
+def test_wide_indices_are_not_wrapped_into_the_experts(unchecked):
+    """Replayed from a file that numpy read."""
+    block, (hidden_states, input_ids) = layer("top_k"), make_inputs((4,))
+    output, routing = block(hidden_states, input_ids)
+    indices = np.asarray(routing.indices, np.int64)
+    again = eqx.tree_at(lambda r: r.indices, routing, indices)
+    np.testing.assert_array_equal(
+        np.asarray(block(hidden_states, routing=again)[0]), np.asarray(output)
+    )
+    indices[1, 0] += 2**32
+    again = eqx.tree_at(lambda r: r.indices, routing, indices)
+    broken = np.asarray(block(hidden_states, routing=again)[0])
+    assert np.isnan(broken).all(axis=1).tolist() == [False, True, False, False]

@@ -22,7 +22,8 @@ HAZARDS = 47
 
 # A module imports only modules of a lower rank, or of its own package.
 RANKS = (
-    ("_checks", "_text", "_mesh", "_balanced_table", "_families", "_scoring", "_matmul"),
+    ("_checks", "_compiled", "_text", "_mesh", "_balanced_table", "_families", "_scoring"),
+    ("_matmul",),
     ("_routing", "_config_file", "_experts", "hash_tables", "matmul"),
     ("_config", "_balance", "_balance_losses"),
     ("_router",),

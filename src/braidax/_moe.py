@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Integer, PRNGKeyArray
 
 from ._checks import boolean, integer, same_sizes
+from ._compiled import compiled
 from ._config import MoEConfig
 from ._dispatch import AbstractDispatch, SortedDispatch
 from ._experts import AbstractExperts, Experts, FeedForward, activations
@@ -111,7 +112,7 @@ class RoutedMoE(eqx.Module):
         )
         return cls(router_from_config(config, layer_idx, dtype=dtype, key=router_key), experts)
 
-    @eqx.filter_jit
+    @compiled
     def __call__(
         self,
         hidden_states: Float[Array, "*batch hidden"],
@@ -201,7 +202,7 @@ class RoutedAndSharedMoE(eqx.Module):
         )
         return cls(RoutedMoE.from_config(config, layer_idx, dtype=dtype, key=routed_key), shared)
 
-    @eqx.filter_jit
+    @compiled
     def __call__(
         self,
         hidden_states: Float[Array, "*batch hidden"],

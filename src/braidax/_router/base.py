@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Int, PRNGKeyArray, Real
 
 from .._checks import array_kind, last_axis
+from .._compiled import compiled
 from .._routing import HiddenStates, InputIds, Mask, Routing, Scores, without_masked, zero_masked
 from .gate import Gate
 
@@ -75,7 +76,7 @@ class AbstractRouter(eqx.Module):
         del load, rate
         return self
 
-    @eqx.filter_jit
+    @compiled
     @jax.named_scope("braidax.router")
     def __call__(
         self,
