@@ -129,7 +129,7 @@ def raised(function, seen):
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and node.exc is not None:
             found |= set(re.findall(r"^\w+Error\b", ast.unparse(node.exc)))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
             found |= raised(function.__globals__.get(node.func.id), seen)
     return found
 

@@ -31,8 +31,7 @@ def to_state_dict(moe: RoutedMoE | RoutedAndSharedMoE) -> dict[str, np.ndarray]:
     Floating-point arrays keep their dtype. Leading axes, of stacked layers, are kept. A gradient of
     the layer is such a tree too: leaves that are `None` are left out.
 
-    **Raises:** `TypeError` unless `moe` is made of this library's routers and experts. `ValueError`
-    for parts that the format has no name for.
+    **Raises:** `TypeError` unless `moe` is made of this library's routers and experts.
 
     **Source:** `DeepseekV4SparseMoeBlock` of transformers 5.23, `models/deepseek_v4`.
 
