@@ -52,6 +52,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def tests_slow(session: nox.Session) -> None:
+    """The tests that `tests` leaves out: whole programs, pages, and more of the same cases."""
+    session.install("-e", ".", *group("test"))
+    session.run(*PYTEST, "-m", "slow", *session.posargs)
+
+
+@nox.session(default=False)
 def tests_lowest(session: nox.Session) -> None:
     """Every interface once, on the lowest version of every direct dependency."""
     requirements = (*PROJECT["project"]["dependencies"], *group("test"))

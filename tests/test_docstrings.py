@@ -11,7 +11,6 @@ import functools
 import inspect
 import re
 import textwrap
-import types
 import typing
 
 import pytest
@@ -22,12 +21,15 @@ import braidax as bx
 LONGEST_SENTENCE = 25
 # Compositions of the others, without an equation or a format of their own.
 WITHOUT_SOURCE = {
-    *("AbstractExperts", "AbstractRouter", "MoEConfig.tiny", "RoutedMoE.from_config"),
-    *("RoutedAndSharedMoE.from_config", "Routing", "dead_experts", "decay_mask", "expert_load"),
-    *("hash_tables.from_array", "is_hash_layer", "load_entropy", "plan", "trainable"),
+    *("AbstractExperts", "AbstractRouter", "Experts", "FeedForward", "MoEConfig.tiny", "Routing"),
+    *("MoEConfig.is_hash_layer", "RoutedMoE.from_config", "RoutedAndSharedMoE.from_config"),
+    *("dead_experts", "decay_mask", "expert_load", "hash_tables.from_array", "load_entropy"),
+    *("plan", "routers", "trainable"),
 }
-LOOKING = "braidax._inspect"  # draws and prints: no equation either
-WRITTEN = (types.FunctionType, property, functools._lru_cache_wrapper)
+# What moves rows, multiplies them or draws has no equation either.
+WITHOUT_EQUATIONS = ("braidax._dispatch", "braidax._inspect", "braidax._matmul")
+KERNELS = "braidax._matmul"  # their author reads the annotations
+SPACES = ("activations", "hash_tables", "matmul")
 
 
 def unwrapped(value):
@@ -36,21 +38,27 @@ def unwrapped(value):
 
 
 def public_names():
-    """`{dotted name: object}` of what a user is told about, with the methods of every class."""
-    modules = {n: m for n, m in vars(bx).items() if inspect.ismodule(m) and n != "jaxtyping"}
+    """`{dotted name: object}` of what a user is told about, with the methods of every class.
+
+    A method is told about where it is first declared. `training` is a program, to be read as such.
+    """
+    modules = {n: m for n, m in vars(bx).items() if inspect.ismodule(m) and n in SPACES}
     found = {n: v for n, v in vars(bx).items() if not inspect.ismodule(v)}
     for prefix, module in modules.items():
-        mine = {
-            n: v for n, v in vars(module).items() if inspect.isfunction(v) or inspect.isclass(v)
-        }
-        ours = (module.__name__, f"braidax._{prefix}")
-        found |= {f"{prefix}.{n}": v for n, v in mine.items() if v.__module__.startswith(ours)}
+        places = (module.__name__, f"braidax._{prefix}.")  # not what the module imports
+        members = {n: v for n, v in vars(module).items() if is_ours(v)}
+        found |= {f"{prefix}.{n}": v for n, v in members.items() if v.__module__.startswith(places)}
     for owner, value in list(found.items()):
         for name, member in vars(value).items() if inspect.isclass(value) else ():
-            if isinstance(getattr(member, "__func__", member), WRITTEN):
+            first = not any(name in vars(base) for base in value.__mro__[1:])
+            if first and is_ours(unwrapped(member)):
                 found[f"{owner}.{name}"] = member
     hidden = re.compile(r"(^|\.)_(?!_call__)")
     return {name: value for name, value in found.items() if not hidden.search(name)}
+
+
+def is_ours(value):
+    return callable(value) and getattr(value, "__module__", "").startswith("braidax")
 
 
 PUBLIC = public_names()
@@ -86,7 +94,7 @@ def annotations(name):
     """`{argument or field: annotation}`, and what is returned as `return`."""
     value, found = PUBLIC[name], {}
     function = value.__init__ if inspect.isclass(value) else unwrapped(value)
-    if dataclasses.is_dataclass(value):
+    if inspect.isclass(value) and dataclasses.is_dataclass(value):
         found = {field.name: field.type for field in dataclasses.fields(value)}
     signature = inspect.signature(function)
     found |= {p.name: p.annotation for p in signature.parameters.values()}
@@ -99,7 +107,7 @@ def shapes(annotation):
     if inspect.isclass(annotation) and issubclass(annotation, AbstractArray):
         axes = annotation.dim_str.split()
         shape = f"({axes[0]},)" if len(axes) == 1 else f"({', '.join(axes)})"
-        return {shape} if axes and "..." not in axes else set()
+        return {shape} if axes and not {"...", "_"} & set(axes) else set()
     return {shape for part in typing.get_args(annotation) for shape in shapes(part)}
 
 
@@ -121,7 +129,7 @@ def raised(function, seen):
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and node.exc is not None:
             found |= set(re.findall(r"^\w+Error\b", ast.unparse(node.exc)))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
             found |= raised(function.__globals__.get(node.func.id), seen)
     return found
 
@@ -131,12 +139,6 @@ def examples(name):
     texts = [own_text(each) for each in (name, owner_of(name)) if each in PUBLIC]
     parser = doctest.DocTestParser()
     return "\n".join(e.source for text in texts for e in parser.get_examples(text))
-
-
-def overrides(name):
-    """Whether a user reads about this member where it is first declared."""
-    bases = getattr(PUBLIC.get(owner_of(name)), "__mro__", ())[1:]
-    return any(name.rpartition(".")[2] in vars(base) for base in bases)
 
 
 def sentences(text):
@@ -154,12 +156,13 @@ def no_example(name):
     """Only a subclass of a router or of experts has to write the members of their bases."""
     short = name.rpartition(".")[2]
     used = re.search(r"\w" if short == "__call__" else rf"\b{short}\b", examples(name))
-    return not (used or owner_of(name).startswith("Abstract") or overrides(name))
+    kernel = unwrapped(PUBLIC[name]).__module__.startswith(KERNELS)
+    return not (used or owner_of(name).startswith("Abstract") or kernel)
 
 
 def unnamed_arguments(name):
     """Arguments and fields that stand nowhere in backticks."""
-    wanted, text = annotations(name).keys() - {"return"}, full_text(name)
+    wanted, text = annotations(name).keys() - {"return", "args", "kwargs"}, full_text(name)
     if inspect.isclass(PUBLIC[name]) and "all others: the arguments of the construct" in text:
         wanted &= inspect.signature(PUBLIC[name].__init__).parameters.keys()
     return wanted - set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", text))))
@@ -168,11 +171,14 @@ def unnamed_arguments(name):
 def untold_shapes(name):
     """A random key's shape depends on how the key was made."""
     kinds = [kind for key, kind in annotations(name).items() if key != "key"]
+    if unwrapped(PUBLIC[name]).__module__.startswith(KERNELS):
+        return set()
     return {shape for kind in kinds for shape in shapes(kind) if shape not in full_text(name)}
 
 
 def untold_exceptions(name):
-    wanted = raised(PUBLIC[name], set())
+    """A property reads what was checked at construction."""
+    wanted = set() if isinstance(PUBLIC[name], property) else raised(PUBLIC[name], set())
     return {kind for kind in wanted | {"**Raises:**"} if wanted and kind not in full_text(name)}
 
 
@@ -181,7 +187,7 @@ def no_source(name):
     value, owner = unwrapped(PUBLIC[name]), owner_of(name)
     text = full_text(name) + (full_text(owner) if owner in PUBLIC else "")
     cited = "**Source:**" in text or "arXiv" in (inspect.getmodule(value).__doc__ or "")
-    exempt = {name, owner} & WITHOUT_SOURCE or value.__module__.startswith(LOOKING)
+    exempt = {name, owner} & WITHOUT_SOURCE or value.__module__.startswith(WITHOUT_EQUATIONS)
     return not (cited or exempt)
 
 

@@ -23,14 +23,14 @@ def positive_integer(name: str, value: Any) -> int:
 def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
     """`value` as a Python int of at least `minimum` and at most `maximum`."""
     if isinstance(value, bool):
-        raise TypeError(f"`{name}` must be an integer. Got {value!r}.")
+        raise TypeError(f"`{name}` must be an integer. Got {value!r:.60}.")
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"`{name}` must be an integer. Got {value!r}.") from None
+        raise TypeError(f"`{name}` must be an integer. Got {value!r:.60}.") from None
     if number < minimum or (maximum is not None and number > maximum):
         bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
-        raise ValueError(f"`{name}` must be {bounds}. Got {number}.")
+        raise ValueError(f"`{name}` must be {bounds}. Got {number!r:.60}.")
     return number
 
 
@@ -39,7 +39,8 @@ def experts_per_token(value: Any, num_experts: int) -> int:
     number = integer("num_experts_per_token", value, 1, 2**31 - 1)
     if number > num_experts:
         raise ValueError(
-            f"`num_experts_per_token` must be at most num_experts={num_experts}. Got {number}."
+            f"`num_experts_per_token` must be at most num_experts={num_experts}. "
+            f"Got {number!r:.60}."
         )
     return number
 
@@ -47,16 +48,20 @@ def experts_per_token(value: Any, num_experts: int) -> int:
 def positive_number(name: str, value: object) -> float:
     """`value` as a finite Python float above 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"`{name}` must be a number. Got {value!r}.")
-    if not math.isfinite(value) or value <= 0:
-        raise ValueError(f"`{name}` must be finite and above 0. Got {value!r}.")
-    return float(value)
+        raise TypeError(f"`{name}` must be a number. Got {value!r:.60}.")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not 0 < number < math.inf:
+        raise ValueError(f"`{name}` must be finite and above 0. Got {value!r:.60}.")
+    return number
 
 
 def boolean(name: str, value: object) -> bool:
     """`value`, if it is a bool."""
     if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a bool. Got {value!r}.")
+        raise TypeError(f"`{name}` must be a bool. Got {value!r:.60}.")
     return value
 
 

@@ -74,10 +74,10 @@ class Checkpoint:
             when they are used; the other weights are float32. The selection bias is float32
             always, the table int32.
 
-        **Raises:** `FileNotFoundError` if there is no configuration. `ValueError` naming file,
-        tensor, what was expected and what was found, for anything missing, truncated, out of
-        range or of another size than the configuration says. `TypeError` for a `dtype` that
-        cannot hold weights.
+        **Raises:** `FileNotFoundError` if there is no configuration. `ValueError` for anything
+        missing, truncated, out of range or of another size than the configuration says. The
+        message names file and tensor, what was expected and what was found. `TypeError` for a
+        `dtype` that cannot hold weights.
 
         **Warns:** for a tensor that the layer does not compute with: a bias for image tokens, a
         bias beside a table.
@@ -88,7 +88,7 @@ class Checkpoint:
         return build_moe(self._tensors, names, config, layer_idx, dtype)
 
     def summary(self, layer_idx: int | None = None) -> CheckpointSummary:
-        """Sizes, dtypes and routers of the checkpoint, or of one of its layers, as a table.
+        """Sizes, dtypes and routers of the checkpoint, or of layer `layer_idx` alone, as a table.
 
         Headers are read, and hash tables; no weights. The experts per token are the columns of a
         layer's hash table, or what the `config.json` beside the files says.

@@ -22,12 +22,14 @@ from .safetensors_reader import Entry, SafetensorsFile
 def to_state_dict(moe: RoutedMoE | RoutedAndSharedMoE) -> dict[str, np.ndarray]:
     """The arrays of a layer `moe` by transformers' names, without a prefix.
 
-    `gate.weight` (experts, hidden), `gate.e_score_correction_bias` (experts,) or `gate.tid2eid`
-    int64 (vocab, experts_per_token), `experts.gate_up_proj` (experts, 2 intermediate, hidden)
-    with the gate rows first, `experts.down_proj` (experts, hidden, intermediate),
-    `shared_experts.{gate,up,down}_proj.weight` if there is a shared expert. Floating-point arrays
-    keep their dtype. Leading axes, of stacked layers, are kept. A gradient of the layer is such a
-    tree too: leaves that are `None` are left out.
+    - `gate.weight` (experts, hidden).
+    - `gate.e_score_correction_bias` (experts,), or `gate.tid2eid` int64 (vocab, experts_per_token).
+    - `experts.gate_up_proj` (experts, 2 intermediate, hidden), with the gate rows first.
+    - `experts.down_proj` (experts, hidden, intermediate).
+    - `shared_experts.{gate,up,down}_proj.weight`, if there is a shared expert.
+
+    Floating-point arrays keep their dtype. Leading axes, of stacked layers, are kept. A gradient of
+    the layer is such a tree too: leaves that are `None` are left out.
 
     **Raises:** `TypeError` unless `moe` is made of this library's routers and experts.
 
@@ -71,8 +73,9 @@ def from_state_dict(
       prefix; no more and no fewer. They are copied.
     - `dtype`: as for `Checkpoint.moe`.
 
-    **Raises:** `ValueError` naming the tensor, for names that are missing or unknown, wrong shapes
-    or dtypes, expert ids out of range, numbers too large for `dtype` or a bias that is not finite.
+    **Raises:** `ValueError`, which names the tensor, for missing or unknown names and for wrong
+    shapes or dtypes. So do expert ids out of range, numbers too large for `dtype` and a bias that
+    is not finite.
     `TypeError` for anything but arrays, and for a `dtype` that cannot hold weights.
 
     **Source:** as for `to_state_dict`.

@@ -77,8 +77,8 @@ def summary(model: PyTree | MoEConfig) -> Summary:
       experts and the shared expert. Elementwise work, sorting and the rest of the model count 0.
       Backward is twice forward (gradients of inputs and of weights), and once for packed weights.
       Capacities, `remat` and a dispatch that computes every expert are not taken into account.
-    - Experts and routers of another class: every matrix whose name does not end in `bias` is taken
-      as one product per token, and the first axis of every array of the experts as the expert axis.
+    - Experts and routers of another class: every matrix counts as one product per token, unless its
+      name ends in `bias`. The first axis of every array of the experts is the expert axis.
     - The kernel that `Auto()` chooses is that of this machine's platform.
 
     **Example:** DeepSeek-V4-Flash: a token uses 177 million of a layer's 6.5 billion parameters.
@@ -88,7 +88,7 @@ def summary(model: PyTree | MoEConfig) -> Summary:
         >>> layer.parameters, layer.active, layer.forward_flops
         (6468665600, 177209600, 354418688)
 
-    **Raises:** `TypeError` for a class instead of an instance, or if `model` holds no array, and
+    **Raises:** `TypeError` for a class instead of an instance, or if `model` holds no array.
     `ValueError` for a router without a weight, as in one half of `eqx.partition`.
     """
     if isinstance(model, MoEConfig):

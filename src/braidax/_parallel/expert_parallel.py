@@ -141,8 +141,8 @@ class ExpertParallel(AbstractDispatch):
         router on every device. Everything else in `model` is left alone. An optimizer state made
         before has to be sharded as well, alone or in one tree with the model.
 
-        Experts that do not divide over `axis` are kept whole on every device, with a warning, and
-        padded by experts that nobody is routed to when they are used.
+        Experts that do not divide over `axis` are kept whole on every device, with a warning. When
+        they are used, they are padded by experts that nobody is routed to.
 
         **Raises:** `ValueError` for a model without a `RoutedMoE`, and for experts whose arrays do
         not all start with the expert axis.

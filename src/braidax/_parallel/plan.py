@@ -61,9 +61,11 @@ def plan(
     capacity: float | int = 1.25,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> Plan:
-    """Bytes, time and memory of one layer's routed experts for each strategy and each size of the
-    expert axis that divides both `devices` and the experts. A simulation: arithmetic, not a
-    measurement; routing is taken to be even, and communication not to overlap with compute.
+    """Bytes, time and memory of one layer's routed experts, for each strategy and expert axis.
+
+    The sizes of the expert axis are those that divide both `devices` and the experts. This is
+    arithmetic, not a measurement. Routing is taken to be even, and communication not to overlap
+    with compute.
 
     **Arguments:**
 

@@ -41,7 +41,7 @@ def save(folder: pathlib.Path, header: Header, state: PyTree) -> None:
     record = {"format": _FORMAT, **dataclasses.asdict(header)}
     buffer.write(json.dumps(record, sort_keys=True).encode() + b"\n")
     eqx.tree_serialise_leaves(buffer, state)
-    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    buffer.write(hashlib.sha256(buffer.getvalue()).digest())
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())

@@ -148,12 +148,14 @@ def report_run(path: pathlib.Path, out: pathlib.Path | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.html").write_text(page, encoding="utf-8")
         for name, ax in _pictures(report.load, names, [layers[-1] for layers in routings], batches):
+            if name != "load.png":
+                ax.set_title(f"{ax.get_title()}, layer {names[-1]}")
             ax.figure.savefig(out / name, dpi=150)
     except ImportError as error:
         print(f"no pictures: {error}")
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
-    print(f"report.html and pictures in {out}")
+    print(f"written to {out}")
 
 
 def byte_text(token_id: int) -> str:

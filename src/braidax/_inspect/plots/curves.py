@@ -34,8 +34,8 @@ def plot_balance(
         >>> ax = bx.plot_balance([0, 10, 20], np.array([[3.0, 0.1], [1.5, 0.1], [0.4, 0.1]]))
         >>> ax.figure.savefig("balance.png")  # doctest: +SKIP
 
-    **Raises:** `ImportError` without matplotlib, `ValueError` for shapes or names that do not
-    fit and for infinities, `TypeError` for traced arrays.
+    **Raises:** `ImportError` without matplotlib. `ValueError` for shapes or names that do not
+    fit, and for infinities. `TypeError` for traced arrays.
     """
     require_matplotlib()
     steps, values = _on_host(steps, "max_violation", max_violation, "layer", np.isinf)
@@ -70,8 +70,8 @@ def plot_bias(
         >>> [line.get_ydata().tolist() for line in ax.lines[:2]]
         [[0.0, 0.125], [0.0, -0.125]]
 
-    **Raises:** `ImportError` without matplotlib, `ValueError` for shapes that do not fit and for a
-    bias that is not finite, `TypeError` for traced arrays.
+    **Raises:** `ImportError` without matplotlib. `ValueError` for shapes that do not fit, and for a
+    bias that is not finite. `TypeError` for traced arrays.
     """
     require_matplotlib()
     steps, values = _on_host(steps, "bias", bias, "expert", lambda values: ~np.isfinite(values))

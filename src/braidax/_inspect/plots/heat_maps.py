@@ -41,8 +41,8 @@ def plot_load(
         >>> ax.images[0].get_array().tolist()
         [[1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 0.0, 0.0]]
 
-    **Raises:** `ImportError` without matplotlib, `ValueError` for shapes or names that do not fit
-    and for loads that are negative or not finite, `TypeError` for traced arrays.
+    **Raises:** `ImportError` without matplotlib. `ValueError` for shapes or names that do not fit,
+    and for loads that are negative or not finite. `TypeError` for traced arrays.
     """
     require_matplotlib()
     table = _load_table(loads)
@@ -83,8 +83,8 @@ def plot_coactivation(routing: Routing | Sequence[Routing], *, ax: Any = None) -
         >>> ax.images[0].get_array().tolist()
         [[None, 0.5, 0.5], [1.0, None, 0.0], [1.0, 0.0, None]]
 
-    **Raises:** `ImportError` without matplotlib, `TypeError` for anything but a concrete `Routing`,
-    `ValueError` for one expert per token, routings that differ in size and none but padding.
+    **Raises:** `ImportError` without matplotlib. `TypeError` for anything but a concrete `Routing`.
+    `ValueError` for one expert per token, routings that differ in size, and nothing but padding.
     """
     require_matplotlib()
     parts = read_routings(routing)

@@ -52,7 +52,7 @@ def plot_token_experts(
         >>> text = b"a braided river"
         >>> ax = bx.plot_token_experts(router(jnp.ones((15, 4)), jnp.array(list(text))), text)
 
-    **Raises:** `ImportError` without matplotlib, `TypeError` for arguments of another kind,
+    **Raises:** `ImportError` without matplotlib. `TypeError` for arguments of another kind.
     `ValueError` for no tokens, too many, a number that differs from the routing's, or an `ax` too
     small for them.
     """

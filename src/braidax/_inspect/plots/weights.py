@@ -36,8 +36,8 @@ def plot_weights(routing: Routing | Sequence[Routing], *, ax: Any = None) -> Any
         >>> ax.get_title()
         'Routing weights by rank, 100 tokens'
 
-    **Raises:** `ImportError` without matplotlib, `TypeError` for anything but a concrete `Routing`,
-    `ValueError` for routings that differ in size and for none but padding or NaN weights.
+    **Raises:** `ImportError` without matplotlib. `TypeError` for anything but a concrete `Routing`.
+    `ValueError` for routings that differ in size, and if all weights are NaN or of padding.
     """
     require_matplotlib()
     parts = read_routings(routing)
