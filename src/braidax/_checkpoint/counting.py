@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .._checks import positive_integer
 from .._config import MoEConfig
 from .._families import Family
 from .errors import mistake
@@ -39,7 +40,12 @@ def count_checkpoint(
             raise mistake(tensors.source, what, "be in the checkpoint", found)
     entries = {name: tensors.entry(name) for name in names}
     counts = {name: _count(name, entry, entries, family) for name, entry in entries.items()}
-    per_token, note = _experts_per_token(tensors.folder)
+    per_token, note = None, None
+    try:
+        per_token = MoEConfig.from_hf(tensors.folder).num_experts_per_token
+        per_token = positive_integer("num_experts_per_token", per_token)
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        note = f"experts per token only known for hash layers: {error}"
     groups: dict[tuple[str, int], dict[str, str]] = {}
     for name in entries:
         place = family.place(name)
@@ -68,15 +74,14 @@ def count_checkpoint(
 
 def _count(name: str, entry: Entry, entries: Mapping[str, Entry], family: Family) -> _Count:
     """What a tensor stores. Parameters are counted in numbers, of which FP4 packs two a byte."""
-    num_bytes, numbers = entry.stop - entry.start, math.prod(entry.shape)
-    if any(weight in entries for weight in family.scaled(name)):
+    num_bytes, names = entry.stop - entry.start, entries.keys()
+    if not names.isdisjoint(family.scaled(name)):
         return _Count(entry.dtype, num_bytes, 0)
     if entry.dtype in FP4_TYPES:
         stem = name.removesuffix(".weight")
-        if any(stem + ending in entries for ending in family.scale_endings):
+        if not names.isdisjoint([stem + ending for ending in family.scale_endings]):
             return _Count("FP4", num_bytes, 2 * num_bytes)
-    is_number = "F" in entry.dtype
-    return _Count(entry.dtype, num_bytes, numbers if is_number else 0)
+    return _Count(entry.dtype, num_bytes, math.prod(entry.shape) if "F" in entry.dtype else 0)
 
 
 def _bytes(counts: Iterable[_Count]) -> dict[str, int]:
@@ -85,13 +90,6 @@ def _bytes(counts: Iterable[_Count]) -> dict[str, int]:
     for count in counts:
         total[count.dtype] += count.num_bytes
     return dict(total.most_common())
-
-
-def _experts_per_token(folder: pathlib.Path) -> tuple[int | None, str | None]:
-    try:
-        return MoEConfig.from_hf(folder).num_experts_per_token, None
-    except (FileNotFoundError, ValueError) as error:
-        return None, f"experts per token only known for hash layers: {error}"
 
 
 def _layer(

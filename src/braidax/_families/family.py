@@ -27,13 +27,14 @@ class Place(NamedTuple):
 class Family:
     """The names of one family. Readers and writers look names up here and nowhere else.
 
-    - `prefixes`: what may stand before `layers`, and `blocks`: the feed-forward part of a layer.
+    - `prefixes`: what may stand before `layers`. `blocks`: words for the feed-forward part.
     - `spellings`: the names of each tensor, the release's first, that of transformers' modules
       last. The keys are this library's names: `gate.weight`, `selection_bias`, `table`,
       `experts.{}.gate`, `experts.{}.up`, `experts.{}.down`, the stacked `experts.gate_up` and
       `experts.down`, and `shared.gate`, `shared.up`, `shared.down`. `{}` is an expert's number.
     - `ignored`: tensors that the layer does not compute with, and why.
-    - `scale_endings`: what the name of a scale ends with, in place of `.weight` or nothing.
+    - `scale_endings`: what the name of a scale ends with, in place of `.weight` or nothing. A
+      longer ending stands before a shorter one that it ends with.
     - `layers` is the word before a layer's number, `prediction_layers` before that of a layer of
       multi-token prediction.
 
@@ -61,10 +62,11 @@ class Family:
 
     def scaled(self, name: str) -> tuple[str, ...]:
         """The weights whose scale a tensor of this name may be."""
-        if not name.endswith(self.scale_endings):
-            return ()
-        stems = [name.removesuffix(end) for end in self.scale_endings if name.endswith(end)]
-        return tuple(weight for stem in stems for weight in (f"{stem}.weight", stem))
+        for ending in self.scale_endings:
+            if name.endswith(ending):
+                stem = name.removesuffix(ending)
+                return f"{stem}.weight", stem
+        return ()
 
     def released(self, name: str) -> str:
         """The release's spelling of the library's `name`."""
@@ -100,6 +102,7 @@ class Family:
         return meanings
 
 
+@functools.lru_cache(maxsize=4096)  # layers have the same names
 def _without_number(name: str) -> tuple[str, str]:
     """`name` with `{}` in place of the expert's number, and the number."""
     match = _EXPERT.search(name)
