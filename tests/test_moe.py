@@ -323,6 +323,44 @@ def test_a_kernel_whose_package_is_missing(monkeypatch):
         bx.matmul.Tokamax()
 
 
+def test_an_activation_that_is_not_finite_at_0_stays_finite():
+    """Rows of neighbours are 0 inside of a block: their slopes must not reach a gradient."""
+
+    def activation(gate, up):
+        return jnp.sqrt(jnp.abs(gate)) * up
+
+    experts = bx.Experts(EXPERTS, HIDDEN, 4, activation=activation, key=jax.random.key(0))
+    router = bx.TopKRouter(HIDDEN, EXPERTS, SLOTS, key=jax.random.key(1))
+    hidden_states, _ = make_inputs((70,))
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradient(block):
+        return jnp.sum(jnp.sin(block(hidden_states)[0]))
+
+    got, want = (
+        gradient(bx.RoutedMoE(router, experts, dispatch=make_dispatch(bx, name)))
+        for name in ("blocks", "dense")
+    )
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_close(a, b)
+
+
+def test_functions_and_halves_of_a_block_can_be_replaced():
+    block = make_block(bx, "top_k", "blocks").routed
+    hidden_states, _ = make_inputs()
+    smaller = eqx.tree_at(lambda b: b.experts.activation, block, bx.activations.swiglu(1e-3))
+    assert np.abs(np.asarray(call(smaller, hidden_states)[0])).max() < 1e-4
+    scored = eqx.tree_at(lambda b: b.router.gate.score_function, block, jax.nn.sigmoid)
+    _, routing = call(scored, hidden_states)
+    np.testing.assert_allclose(routing.scores, jax.nn.sigmoid(routing.logits), rtol=1e-6)
+    _, rest = eqx.partition(block, eqx.is_inexact_array)
+    assert dataclasses.replace(rest, dispatch=bx.DenseDispatch()).dispatch == bx.DenseDispatch()
+    unequal = eqx.tree_at(lambda b: b.dispatch.matmul, block, bx.matmul.Dense())
+    with pytest.raises(TypeError, match="`matmul`"):
+        unequal(hidden_states)
+
+
 def test_a_block_and_its_gradient_take_another_dispatch():
     block = make_block(bx, "top_k", "dense").routed
     hidden_states, _ = make_inputs()

@@ -35,7 +35,7 @@ from ._dispatch import SortedDispatch as SortedDispatch
 # Blocks
 from ._moe import RoutedAndSharedMoE as RoutedAndSharedMoE
 from ._moe import RoutedMoE as RoutedMoE
-from ._moe import top_k_moe as top_k_moe
+from ._common import top_k_moe as top_k_moe
 
 # Configuration
 from ._config import MoEConfig as MoEConfig

@@ -6,25 +6,31 @@ from typing import ParamSpec, TypeVar
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 _Arrays = ParamSpec("_Arrays")
 _Result = TypeVar("_Result")
 
 
+def placed_by_compiler(
+    function: Callable[..., _Result], *arrays: PyTree, like: jax.Array | None = None
+) -> _Result:
+    """`function(*arrays)`, also where an Explicit mesh has the arrays: the compiler places what
+    happens inside. The result is sharded as `like` is, by default on every device."""
+    for leaf in jax.tree.leaves(arrays):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if not mesh.empty and AxisType.Explicit in mesh.axis_types:
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            sharding = everywhere if like is None else jax.typeof(like).sharding
+            return jax.sharding.auto_axes(function, out_sharding=sharding)(*arrays)
+    return function(*arrays)
+
+
 def reduction_on_any_mesh(function: Callable[_Arrays, _Result]) -> Callable[_Arrays, _Result]:
-    """A function that reduces token arrays to one small array, also where an Explicit mesh has
-    them: the compiler places what happens inside, and the result is on every device."""
+    """A function that reduces token arrays to one small array, on an Explicit mesh too."""
 
     @functools.wraps(function)
     def wrapper(*args: _Arrays.args, **kwargs: _Arrays.kwargs) -> _Result:
-        for leaf in jax.tree.leaves((args, kwargs)):
-            mesh = jax.typeof(leaf).sharding.mesh
-            if not mesh.empty and AxisType.Explicit in mesh.axis_types:
-                call = jax.sharding.auto_axes(
-                    lambda args, kwargs: function(*args, **kwargs),
-                    out_sharding=NamedSharding(mesh, PartitionSpec()),
-                )
-                return call(args, kwargs)
-        return function(*args, **kwargs)
+        return placed_by_compiler(lambda args, kwargs: function(*args, **kwargs), args, kwargs)
 
     return wrapper

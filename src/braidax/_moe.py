@@ -6,6 +6,8 @@ The `Routing` is returned beside the output. Losses, metrics and the bias update
 it, outside of the layer.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from ._config import MoEConfig
 from ._dispatch import AbstractDispatch, SortedDispatch
 from ._experts import AbstractExperts, Experts, FeedForward, activations
 from ._replay import replayed
-from ._router import AbstractRouter, TopKRouter, router_from_config
+from ._router import AbstractRouter, router_from_config
 from ._routing import Routing, zero_masked
 
 _SORTED = SortedDispatch()
@@ -66,13 +68,12 @@ class RoutedMoE(eqx.Module):
 
         **Raises:** `ValueError` or `TypeError` naming the argument, for sizes that differ too.
         """
-        if isinstance(experts, Experts):
-            # The last axes: layers may be stacked in front.
+        weight: Any = getattr(router.gate, "weight", None)
+        # Half of a partitioned block has no shapes. The last axes: layers may be stacked in front.
+        if isinstance(experts, Experts) and _have_shapes(experts.gate_up, weight):
             *_, num_experts, _, _, hidden = experts.gate_up.shape
-            wanted = router.gate.weight.shape[-2:]
-            same_sizes(
-                "experts", (num_experts, hidden), wanted, "the (experts, hidden) of `router`"
-            )
+            sizes, wanted = (num_experts, hidden), weight.shape[-2:]
+            same_sizes("experts", sizes, wanted, "the (experts, hidden) of `router`")
         if not isinstance(dispatch, AbstractDispatch):
             raise TypeError(
                 "`dispatch` must be an `AbstractDispatch`, as `SortedDispatch()`. "
@@ -170,8 +171,9 @@ class RoutedAndSharedMoE(eqx.Module):
 
         **Raises:** `ValueError` if the hidden sizes differ.
         """
-        if isinstance(shared, FeedForward):
-            sizes, wanted = shared.gate_up.shape[-1:], routed.router.gate.weight.shape[-1:]
+        weight: Any = getattr(routed.router.gate, "weight", None)
+        if isinstance(shared, FeedForward) and _have_shapes(shared.gate_up, weight):
+            sizes, wanted = shared.gate_up.shape[-1:], weight.shape[-1:]
             same_sizes("shared", sizes, wanted, "the (hidden,) of `routed`")
         self.routed = routed
         self.shared = shared
@@ -221,6 +223,10 @@ class RoutedAndSharedMoE(eqx.Module):
         return output.astype(hidden_states.dtype), routing
 
 
+def _have_shapes(*leaves: Any) -> bool:
+    return all(hasattr(leaf, "shape") for leaf in leaves)
+
+
 def _routed_sum(
     block: RoutedMoE,
     hidden_states: Float[Array, "*batch hidden"],
@@ -239,50 +245,3 @@ def _routed_sum(
         routing = block.dispatch.checked(routing)
     output, dropped = block.dispatch(block.experts, jnp.asarray(hidden_states), routing)
     return output, eqx.tree_at(lambda r: r.dropped, routing, routing.dropped + dropped)
-
-
-def top_k_moe(
-    hidden_size: int,
-    intermediate_size: int,
-    num_experts: int,
-    num_experts_per_token: int,
-    *,
-    num_shared_experts: int = 0,
-    dispatch: AbstractDispatch = _SORTED,
-    dtype: DTypeLike | None = None,
-    key: PRNGKeyArray,
-) -> RoutedMoE | RoutedAndSharedMoE:
-    """A top-k routed layer of SwiGLU experts in one line: the common case.
-
-    **Arguments:**
-
-    - `hidden_size`, `intermediate_size`: features of a token, and inside one expert.
-    - `num_experts`, `num_experts_per_token`: routed experts, and how many each token goes to.
-    - `num_shared_experts`: experts that every token passes; several are one wider network.
-    - `dispatch`: as for `RoutedMoE`.
-    - `dtype`: of the weights; by default JAX's own.
-    - `key`: for the weights.
-
-    **Returns:** a `RoutedMoE`, or a `RoutedAndSharedMoE` if there are shared experts.
-
-    **Raises:** `ValueError` or `TypeError` naming the argument.
-
-    **Example:**
-
-        >>> import braidax as bx, jax
-        >>> block = bx.top_k_moe(32, 16, 8, 2, num_shared_experts=1, key=jax.random.key(0))
-        >>> output, routing = block(jax.numpy.ones((4, 32)))
-    """
-    shared = integer("num_shared_experts", num_shared_experts, 0)
-    routed_key, shared_key = jax.random.split(key)
-    router_key, experts_key = jax.random.split(routed_key)
-    sizes = (hidden_size, num_experts, num_experts_per_token)
-    routed = RoutedMoE(
-        TopKRouter(*sizes, dtype=dtype, key=router_key),
-        Experts(num_experts, hidden_size, intermediate_size, dtype=dtype, key=experts_key),
-        dispatch=dispatch,
-    )
-    if not shared:
-        return routed
-    width = shared * intermediate_size
-    return RoutedAndSharedMoE(routed, FeedForward(hidden_size, width, dtype=dtype, key=shared_key))

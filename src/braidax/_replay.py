@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from ._checks import at_least_int32
 from ._router import AbstractRouter, check_hidden_states, check_mask
-from ._routing import HiddenStates, Mask, Routing, without_masked, zero_masked
+from ._routing import HiddenStates, Mask, Routing, count_nobody, without_masked, zero_masked
 
 
 def replayed(
@@ -26,8 +26,7 @@ def replayed(
     nobody = indices == num_experts
     weights = jnp.where(valid.all(axis=-1, keepdims=True), routing.weights, jnp.nan)
     weights = zero_masked(jnp.where(nobody, 0, weights), mask)
-    missing = nobody if mask is None else nobody & mask[..., None]
-    dropped = jnp.sum(missing, dtype=jnp.int32)
+    dropped = count_nobody(indices, mask, num_experts)
     return Routing(indices, weights, routing.scores, routing.logits, mask, dropped)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from ._checks import integer
+from ._mesh import placed_by_compiler
 
 # The arrays that most stages take or return.
 HiddenStates = Float[Array, "*batch hidden"]
@@ -37,7 +38,8 @@ class Routing(eqx.Module):
     - `logits`: `(*batch, experts)` float32, of the gate, after the temperature.
     - `mask`: `(*batch,)` bool, `False` on padding: not counted, zero output, no gradient. `None`:
       no padding.
-    - `dropped`: int32 scalar, the assignments of real tokens that were not computed.
+    - `dropped`: int32 scalar, the assignments of real tokens that were not computed: nobody's, and
+      those that an exchange over a mesh had no room for.
 
     **Example:**
 
@@ -59,6 +61,12 @@ class Routing(eqx.Module):
 def without_masked(indices: Indices, mask: Mask | None, num_experts: int) -> Indices:
     """`indices` with those of padding nobody's: what a mask means to everything but a gate."""
     return indices if mask is None else jnp.where(mask[..., None], indices, num_experts)
+
+
+def count_nobody(indices: Indices, mask: Mask | None, num_experts: int) -> Int[Array, ""]:
+    """The assignments of real tokens to nobody."""
+    nobody = indices == num_experts
+    return jnp.sum(nobody if mask is None else nobody & mask[..., None], dtype=jnp.int32)
 
 
 def zero_masked(
@@ -90,14 +98,20 @@ def over_capacity(routing: Routing, capacity: int) -> Routing:
     capacity = integer("capacity", capacity, 0)
     num_experts = routing.scores.shape[-1]
     indices = without_masked(routing.indices, routing.mask, num_experts)
+    place = placed_by_compiler(_places, indices, like=indices)
+    left_out = (place >= capacity) & (indices < num_experts)
+    indices = jnp.where(left_out, num_experts, indices)
+    weights = jnp.where(left_out, 0, routing.weights)
+    dropped = routing.dropped + jnp.sum(left_out, dtype=jnp.int32)
+    return Routing(indices, weights, routing.scores, routing.logits, routing.mask, dropped)
+
+
+def _places(indices: Indices) -> Indices:
+    """How many earlier assignments each assignment's expert has."""
     flat = indices.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     ordered = flat[order]
     first = jnp.searchsorted(ordered, ordered, side="left")
     places = jnp.arange(flat.size, dtype=jnp.int32) - first.astype(jnp.int32)
     place = jnp.zeros(flat.shape, jnp.int32).at[order].set(places, unique_indices=True)
-    left_out = ((place >= capacity) & (flat < num_experts)).reshape(indices.shape)
-    indices = jnp.where(left_out, num_experts, indices)
-    weights = jnp.where(left_out, 0, routing.weights)
-    dropped = routing.dropped + jnp.sum(left_out, dtype=jnp.int32)
-    return Routing(indices, weights, routing.scores, routing.logits, routing.mask, dropped)
+    return place.reshape(indices.shape)

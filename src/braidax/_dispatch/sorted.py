@@ -53,7 +53,7 @@ class SortedDispatch(AbstractDispatch):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         rows = spread(tokens, plan.order, plan.inverse, slots)
         compute = eqx.filter_checkpoint(experts) if self.remat else experts
-        rows = compute(rows, plan.group_sizes, GroupedMatmul(self.matmul))
+        rows = compute(rows, plan.group_sizes, GroupedMatmul(checked_kernel(self.matmul)))
         # As a spread with one slot: the weight of every row.
         weights = spread(routing.weights.reshape(-1), plan.order, plan.inverse, 1)
         rows = rows * weights[:, None].astype(rows.dtype)

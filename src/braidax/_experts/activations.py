@@ -1,7 +1,6 @@
 """Activations of experts: elementwise, of gate and up. Equal when their numbers are."""
 
-import dataclasses
-
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,13 +12,15 @@ from .._checks import positive_number
 _LOWEST_GATE = -1000.0
 
 
-@dataclasses.dataclass(frozen=True)
-class _SwiGLU:
-    limit: float | None
+class SwiGLU(eqx.Module):
+    """What `swiglu` returns: a module without arrays."""
+
+    limit: float | None = eqx.field(static=True)
 
     def __call__(
         self, gate: Float[Array, "*batch"], up: Float[Array, "*batch"]
     ) -> Float[Array, "*batch"]:
+        """The activation of `gate` and `up`, both `(*batch,)`."""
         # Selects instead of `jnp.minimum` and `jnp.clip`: their derivative exactly at the limit is
         # one half, the reference's is 1. A gate of -inf gives 0, as the limit of silu does.
         gate = jnp.where(gate < _LOWEST_GATE, _LOWEST_GATE, gate)
@@ -30,11 +31,8 @@ class _SwiGLU:
             )
         return jax.nn.silu(gate) * up
 
-    def __repr__(self) -> str:
-        return f"swiglu(limit={self.limit})"
 
-
-def swiglu(limit: float | int | None = None) -> _SwiGLU:
+def swiglu(limit: float | int | None = None) -> SwiGLU:
     """`silu(min(gate, limit)) * clip(up, -limit, limit)`, an activation of gate and up.
 
     `limit` clamps the gate from above and the up projection on both sides; `None` is no clamp.
@@ -52,4 +50,4 @@ def swiglu(limit: float | int | None = None) -> _SwiGLU:
         >>> activation == bx.activations.swiglu(2)
         True
     """
-    return _SwiGLU(None if limit is None else positive_number("limit", limit))
+    return SwiGLU(None if limit is None else positive_number("limit", limit))

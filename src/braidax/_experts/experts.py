@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._checks import boolean, floating_dtype, last_axis, positive_integer
+from .._functions import as_module
 from .._matmul import (
     Activation,
     FeedForwardWeights,
@@ -45,7 +46,7 @@ class FeedForward(eqx.Module):
     down: Float[Array, "intermediate hidden"]
     gate_up_bias: Float[Array, "_ intermediate"] | None
     down_bias: Float[Array, " hidden"] | None
-    activation: Activation = eqx.field(static=True)
+    activation: Activation
 
     def __init__(
         self,
@@ -61,7 +62,8 @@ class FeedForward(eqx.Module):
 
         - `hidden_size`, `intermediate_size`: widths.
         - `activation`: an elementwise function of gate and up, or of one argument. It must be
-            hashable, and equal to every activation that computes the same.
+            hashable, and equal to every activation that computes the same. The field is always a
+            module.
         - `use_bias`: add trained biases after both products, 0 at construction.
         - `dtype`: of the weights; by default JAX's own.
         - `key`: for the weights, uniform within +-1/sqrt(fan-in).
@@ -70,7 +72,7 @@ class FeedForward(eqx.Module):
         """
         arrays = _initial((), hidden_size, intermediate_size, activation, use_bias, dtype, key)
         self.gate_up, self.down, self.gate_up_bias, self.down_bias = arrays
-        self.activation = activation
+        self.activation = as_module("activation", activation)
 
     @jax.named_scope("braidax.FeedForward")
     def __call__(
@@ -121,7 +123,7 @@ class Experts(AbstractExperts):
     down: Any
     gate_up_bias: Float[Array, "experts _ intermediate"] | None
     down_bias: Float[Array, "experts hidden"] | None
-    activation: Activation = eqx.field(static=True)
+    activation: Activation
 
     def __init__(
         self,
@@ -141,7 +143,7 @@ class Experts(AbstractExperts):
         lead = (positive_integer("num_experts", num_experts),)
         arrays = _initial(lead, hidden_size, intermediate_size, activation, use_bias, dtype, key)
         self.gate_up, self.down, self.gate_up_bias, self.down_bias = arrays
-        self.activation = activation
+        self.activation = as_module("activation", activation)
 
     @jax.named_scope("braidax.Experts")
     def __call__(

@@ -111,6 +111,8 @@ class Blocks(AbstractGroupedMatmul):
             block, pre, back = map(window.take_live, (rows, before, outputs[0]))
             activations, pullback = jax.vjp(partial(activate, activation), pre)
             (inner,) = pullback(dot(back, matrices.down, 1, 1))
+            # Neighbours' rows were 0, and an activation need not be finite there.
+            inner, activations = (jnp.where(window.live(), a, 0) for a in (inner, activations))
             inner = inner.astype(narrow).astype(dtype)
             terms = FeedForwardWeights(
                 dot(inner, block.astype(dtype), 0, 0),

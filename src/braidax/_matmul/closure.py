@@ -61,6 +61,7 @@ class GroupedMatmul(eqx.Module):
         """
         out_dtype = jnp.dtype(out_dtype or accumulation_dtype(rows, weight))
         if self.kernel.plain:
+            weight = weight if _is_array(weight) else _unpacked(weight)
             options = {"transposed": transposed, "out_dtype": out_dtype}
             return self.kernel.multiply(rows, weight, group_sizes, **options)
         kernel = _kernel_for(self.kernel, weight)
@@ -91,6 +92,12 @@ class GroupedMatmul(eqx.Module):
 def _is_array(weight: Any) -> bool:
     """Whether `weight` is an array, and not packed numbers that are read by `of_group`."""
     return not hasattr(weight, "of_group")
+
+
+def _unpacked(weight: Any) -> Float[Array, "groups a b"]:
+    """All matrices of packed numbers at once."""
+    groups = jnp.arange(weight.shape[0])
+    return jax.vmap(lambda group: weight.of_group(group, weight.dtype))(groups)
 
 
 def _kernel_for(kernel: AbstractGroupedMatmul, weight: Any) -> AbstractGroupedMatmul:

@@ -5,7 +5,6 @@
 The functions here take the products that they are composed of, and are right for every kernel.
 """
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from .._functions import Function
 
 # `activation(gate, up)`, or of one argument: elementwise, hashable, equal if it computes the same.
 Activation = Callable[..., Array]
@@ -37,10 +38,10 @@ def accumulation_dtype(*arrays: Any) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *(array.dtype for array in arrays))
 
 
-@functools.cache
 def num_inputs(activation: Activation) -> int:
     """How many arguments `activation` needs: 2 with a gate, 1 without."""
-    parameters = inspect.signature(activation).parameters.values()
+    function = activation.function if isinstance(activation, Function) else activation
+    parameters = inspect.signature(function).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in positional and p.default is p.empty for p in parameters)
 

@@ -25,8 +25,8 @@ from .shards import experts_on_shards, route_on_shards
 STRATEGIES: dict[str, Exchange] = {"gather": gather, "all_to_all": all_to_all, "ragged": ragged}
 
 _NO_CHECKS = (
-    "`checks` must be False over a mesh. Got True: an error that is raised on one device leaves the "
-    "others waiting for it."
+    "`checks` must be False over a mesh. Got True: an error that is raised on one device leaves "
+    "the others waiting for it."
 )
 
 

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from .._moe import RoutedMoE
 from .layout import MeshLayout
+from .shards import check_leading_axis
 
 
 def is_block(node: Any) -> bool:
@@ -105,12 +106,7 @@ def check_experts(layout: MeshLayout, block: RoutedMoE) -> None:
     if found is None:
         return
     axis, num_experts = found
-    for leaf in jax.tree.leaves(eqx.filter(block.experts, _is_array)):
-        if leaf.shape[axis : axis + 1] != (num_experts,):
-            raise ValueError(
-                f"`experts` must hold arrays that all start with the {num_experts} experts, after "
-                f"{axis} axes of stacked layers. Got shape {leaf.shape}."
-            )
+    check_leading_axis(eqx.filter(block.experts, _is_array), num_experts, axis)
     if num_experts % layout.size:
         warnings.warn(
             f"{num_experts} experts do not divide over {layout.size} devices: every device "

@@ -57,12 +57,13 @@ def route_on_shards(
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(layout.tokens))
         routing = eqx.combine(arrays, static)(hidden_states, input_ids, mask=mask, key=key)
-        return routing.indices, routing.weights, routing.scores, routing.logits
+        routed = (routing.indices, routing.weights, routing.scores, routing.logits)
+        return routed, jax.lax.psum(routing.dropped, layout.tokens)
 
     parts = PartitionSpec(layout.tokens)
-    specs = ((parts, _EVERYWHERE, _EVERYWHERE), parts)
-    routed = _mapped(context, on_shard, *specs)(tokens, context.reshard(arrays), key)
-    dropped = jnp.zeros((), jnp.int32)
+    specs = (parts, _EVERYWHERE, _EVERYWHERE), (parts, _EVERYWHERE)
+    mapped = _mapped(context, on_shard, *specs)
+    routed, dropped = mapped(tokens, context.reshard(arrays), key)
     return Routing(*map(spread.restore, routed), mask=mask, dropped=dropped)
 
 
@@ -81,6 +82,7 @@ def experts_on_shards(
     tokens = jax.tree.map(spread.spread, (hidden_states, routing.indices, routing.weights))
     live = spread.live()
     arrays, static = eqx.partition(experts, eqx.is_array)
+    check_leading_axis(arrays, num_experts)
     arrays = _padded(arrays, -num_experts % layout.size)
     num_local = -(-num_experts // layout.size)
     context = context_of(layout)
@@ -123,6 +125,18 @@ def experts_on_shards(
     mapped = _mapped(context, on_shard, *specs)
     output, dropped = mapped(tokens, live, context.reshard(arrays, layout.axis))
     return spread.restore(output), dropped
+
+
+def check_leading_axis(experts: PyTree, num_experts: int, axis: int = 0) -> None:
+    """All arrays of `experts` have the experts on `axis`, after stacked layers.
+
+    **Raises:** `ValueError` otherwise."""
+    for leaf in jax.tree.leaves(experts):
+        if leaf.shape[axis : axis + 1] != (num_experts,):
+            raise ValueError(
+                f"`experts` must hold arrays that all start with the {num_experts} experts, after "
+                f"{axis} axes of stacked layers. Got shape {leaf.shape}."
+            )
 
 
 def _mapped(context: Context, function, in_specs, out_specs):

@@ -6,5 +6,6 @@ from .base import check_mask as check_mask
 from .base import checked_ids as checked_ids
 from .from_config import router_from_config as router_from_config
 from .gate import Gate as Gate
+from .gate import GateOptions as GateOptions
 from .hash import HashRouter as HashRouter
 from .top_k import TopKRouter as TopKRouter

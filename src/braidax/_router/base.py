@@ -10,7 +10,16 @@ from jaxtyping import Array, ArrayLike, Bool, Int, PRNGKeyArray, Real
 
 from .._checks import array_kind, last_axis
 from .._compiled import compiled
-from .._routing import HiddenStates, InputIds, Mask, Routing, Scores, without_masked, zero_masked
+from .._routing import (
+    HiddenStates,
+    InputIds,
+    Mask,
+    Routing,
+    Scores,
+    count_nobody,
+    without_masked,
+    zero_masked,
+)
 from .gate import Gate
 
 # Indices, and whether each token has a defined answer.
@@ -63,7 +72,7 @@ class AbstractRouter(eqx.Module):
 
         **Returns:** `(*batch, experts_per_token)` int32 indices, all within `[0, experts]`, of
         which `experts` is nobody; and `(*batch,)` bool, whether each token has a defined answer. A
-        token without one gets NaN weights and leaves all others untouched.
+        token without one gets NaN weights for its experts and leaves all others untouched.
         """
 
     def rebalanced(
@@ -105,7 +114,8 @@ class AbstractRouter(eqx.Module):
         # A select: nothing that comes back through padding may reach the gate.
         undefined = ~defined[..., None] & (indices < scores.shape[-1])
         weights = jnp.where(undefined, jnp.nan, zero_masked(weights, mask))
-        return Routing(indices, weights, scores, logits, mask, jnp.zeros((), jnp.int32))
+        dropped = count_nobody(indices, mask, scores.shape[-1])
+        return Routing(indices, weights, scores, logits, mask, dropped)
 
 
 def check_hidden_states(router: AbstractRouter, hidden_states: HiddenStates) -> None:

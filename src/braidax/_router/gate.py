@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._checks import boolean, floating_dtype, positive_integer, positive_number, same_sizes
+from .._functions import as_module
 from .._routing import HiddenStates, Indices, Scores, Weights
 from .._scoring import normalized, sqrt_softplus
 
@@ -51,7 +52,7 @@ class Gate(eqx.Module):
 
     weight: Float[Array, "experts hidden"]
     bias: Float[Array, " experts"] | None
-    score_function: ScoreFunction = eqx.field(static=True)
+    score_function: ScoreFunction
     normalize: bool = eqx.field(static=True)
     scaling_factor: float = eqx.field(static=True)
     temperature: float = eqx.field(static=True)
@@ -73,7 +74,8 @@ class Gate(eqx.Module):
 
         - `hidden_size`, `num_experts`: sizes.
         - `score_function`: from logits to scores of at least 0, `(*batch, experts)` to the same
-            shape: `braidax.sqrt_softplus`, `jax.nn.sigmoid`, `jax.nn.softmax` or any callable.
+            shape: `braidax.sqrt_softplus`, `jax.nn.sigmoid`, `jax.nn.softmax` or any function. A
+            module may hold arrays, which are trained. The field is always a module.
         - `normalize`: divide the selected scores by their sum.
         - `scaling_factor`: multiplies the weights, last.
         - `temperature`: divides the logits.
@@ -85,16 +87,11 @@ class Gate(eqx.Module):
         """
         experts = positive_integer("num_experts", num_experts)
         hidden = positive_integer("hidden_size", hidden_size)
-        if not callable(score_function):
-            raise TypeError(
-                "`score_function` must be a callable, as `jax.nn.sigmoid`. "
-                f"Got {score_function!r:.60}."
-            )
         dtype = floating_dtype("dtype", dtype)
         bound = hidden**-0.5
         self.weight = jax.random.uniform(key, (experts, hidden), dtype, -bound, bound)
         self.bias = jnp.zeros(experts, dtype) if boolean("use_bias", use_bias) else None
-        self.score_function = score_function
+        self.score_function = as_module("score_function", score_function)
         self.normalize = boolean("normalize", normalize)
         self.scaling_factor = positive_number("scaling_factor", scaling_factor)
         self.temperature = positive_number("temperature", temperature)
