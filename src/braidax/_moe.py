@@ -61,7 +61,7 @@ class RoutedMoE(eqx.Module):
         - `checks`: raise at run time, by `eqx.error_if`, for a token that has no defined answer:
             an id outside the table of a `HashRouter`, a replayed index of no expert, or a score of
             NaN. Without it, the default and what `jax.export` needs, that token gets NaN and no
-            other token changes.
+            other token changes. Must be `False` over a mesh.
 
         **Raises:** `ValueError` or `TypeError` naming the argument, for sizes that differ too.
         """
@@ -233,21 +233,9 @@ def _routed_sum(
     else:
         routing = replayed(block.router, hidden_states, mask, routing)
     if block.checks:
-        routing = _checked(routing)
+        routing = block.dispatch.checked(routing)
     output, dropped = block.dispatch(block.experts, jnp.asarray(hidden_states), routing)
     return output, eqx.tree_at(lambda r: r.dropped, routing, routing.dropped + dropped)
-
-
-def _checked(routing: Routing) -> Routing:
-    """`routing`, tied to a run-time error for a token without a defined answer."""
-    # On the float weights: integers have no NaN for EQX_ON_ERROR=nan to put there.
-    weights = eqx.error_if(
-        routing.weights,
-        jnp.isnan(routing.weights),
-        "A token has no experts: its id is outside the table of the router (`input_ids`), a given "
-        "index names no expert (`routing.indices`), or a score is NaN.",
-    )
-    return eqx.tree_at(lambda r: r.weights, routing, weights)
 
 
 def top_k_moe(

@@ -3,6 +3,7 @@
 import abc
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from .._experts import AbstractExperts
@@ -48,6 +49,18 @@ class AbstractDispatch(eqx.Module):
         `input_ids` and `mask` are `(*batch,)` or `None`, and `key` goes to the router. A dispatch
         over a mesh routes where the tokens are."""
         return router(hidden_states, input_ids, mask=mask, key=key)
+
+    def checked(self, routing: Routing) -> Routing:
+        """`routing`, tied to a run-time error for a token without a defined answer: what a block
+        with `checks=True` calls. A dispatch that cannot stop its program overrides it."""
+        # On the float weights: integers have no NaN for EQX_ON_ERROR=nan to put there.
+        weights = eqx.error_if(
+            routing.weights,
+            jnp.isnan(routing.weights),
+            "A token has no experts: its id is outside the table of the router (`input_ids`), a "
+            "given index names no expert (`routing.indices`), or a score is NaN.",
+        )
+        return eqx.tree_at(lambda r: r.weights, routing, weights)
 
     @abc.abstractmethod
     def __call__(

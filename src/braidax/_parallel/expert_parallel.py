@@ -24,6 +24,11 @@ from .shards import experts_on_shards, route_on_shards
 # A new strategy is one file and one row.
 STRATEGIES: dict[str, Exchange] = {"gather": gather, "all_to_all": all_to_all, "ragged": ragged}
 
+_NO_CHECKS = (
+    "`checks` must be False over a mesh. Got True: an error that is raised on one device leaves "
+    "the others waiting for it."
+)
+
 
 class ExpertParallel(AbstractDispatch):
     """Experts spread over one axis of a mesh, tokens over that axis and others.
@@ -124,6 +129,10 @@ class ExpertParallel(AbstractDispatch):
         `mask` that each device has, with `key` folded with its number."""
         return route_on_shards(self.layout, router, hidden_states, input_ids, mask, key)
 
+    def checked(self, routing: Routing) -> Routing:
+        """**Raises:** `ValueError`, always: an error on one device leaves the others waiting."""
+        raise ValueError(_NO_CHECKS)
+
     def __call__(
         self,
         experts: AbstractExperts,
@@ -144,13 +153,15 @@ class ExpertParallel(AbstractDispatch):
         Experts that do not divide over `axis` are kept whole on every device, with a warning, and
         padded by experts that nobody is routed to when they are used.
 
-        **Raises:** `ValueError` for a model without a `RoutedMoE`, and for experts whose arrays do
-        not all start with the expert axis.
+        **Raises:** `ValueError` for a model without a `RoutedMoE`, for one with run-time checks,
+        and for experts whose arrays do not all start with the expert axis.
         """
         blocks = [node for node in jax.tree.leaves(model, is_leaf=is_block) if is_block(node)]
         if not blocks:
             raise ValueError("`model` must hold at least one RoutedMoE. Got none.")
         for block in blocks:
+            if block.checks:
+                raise ValueError(_NO_CHECKS)
             check_experts(self.layout, block)
 
         def place(node: Any) -> Any:

@@ -6,6 +6,7 @@ and memory is that of one chunk whatever the skew. Nothing is kept for the backw
 inputs; each chunk is recomputed there.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -71,7 +72,7 @@ def _chunked(static: PyTree, matmul: GroupedMatmul, chunk: int):
             rows = compute(_take(tokens, token), _take(weights, assignment), trained, arrays, sizes)
             return output.at[token].add(rows.astype(output.dtype), mode="drop")
 
-        return jax.lax.fori_loop(0, _num_chunks(own, chunk), step, output)
+        return _over_chunks(own, chunk, weights.size, step, output)
 
     def forward(*arguments):
         return run(*arguments), arguments
@@ -79,39 +80,37 @@ def _chunked(static: PyTree, matmul: GroupedMatmul, chunk: int):
     def backward(arguments, cotangent):
         tokens, weights, trained, arrays, own = arguments
 
-        def of_chunk(i):
-            """Where the rows of a chunk go, and the cotangents of rows, weights and experts."""
+        def step(i, sums):
+            d_tokens, d_weights, d_trained = sums
             assignment, token, sizes = _at(own, i, chunk, weights.size, tokens.shape[0])
             operands = (_take(tokens, token), _take(weights, assignment), trained)
             rows, transpose = jax.vjp(lambda *o: compute(*o, arrays, sizes), *operands)
-            return assignment, token, *transpose(_take(cotangent, token).astype(rows.dtype))
-
-        def add(sums, terms):
-            d_tokens, d_weights, d_trained = sums
-            assignment, token, rows, scales, experts = terms
+            d_rows, d_scales, d_new = transpose(_take(cotangent, token).astype(rows.dtype))
             return (
-                d_tokens.at[token].add(rows.astype(d_tokens.dtype), mode="drop"),
-                d_weights.at[assignment].set(scales.astype(d_weights.dtype), mode="drop"),
-                jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_trained, experts),
+                d_tokens.at[token].add(d_rows.astype(d_tokens.dtype), mode="drop"),
+                d_weights.at[assignment].set(d_scales.astype(d_weights.dtype), mode="drop"),
+                # A chunk's terms are of the weights' dtype: only their sum is wide.
+                jax.tree.map(lambda total, new: total + new.astype(total.dtype), d_trained, d_new),
             )
 
-        # Mild imbalance is one chunk. Its gradients are not added to zeros, which would take the
-        # memory of another copy of the weights.
-        first = of_chunk(0)
-        zeros = (jnp.zeros_like(tokens, accumulation_dtype(tokens)), jnp.zeros_like(weights))
-        d_tokens, d_weights, _ = add((*zeros, ()), (*first[:4], ()))
-        sums = (d_tokens, d_weights, first[4])
-        d_tokens, d_weights, d_trained = jax.lax.fori_loop(
-            1, _num_chunks(own, chunk), lambda i, sums: add(sums, of_chunk(i)), sums
+        differentiated = (tokens, weights, trained)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros_like(leaf, accumulation_dtype(leaf)), differentiated
         )
-        return d_tokens.astype(tokens.dtype), d_weights, d_trained, None, None
+        sums = _over_chunks(own, chunk, weights.size, step, zeros)
+        narrow = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, differentiated)
+        return *narrow, None, None
 
     run.defvjp(forward, backward)
     return run
 
 
-def _num_chunks(own: _Own, chunk: int) -> Int[Array, ""]:
-    return -(-own.edges[-1] // chunk)
+def _over_chunks(own: _Own, chunk: int, num_assignments: int, step: Callable, start: PyTree):
+    """`step(i, carry)` for every chunk `i` that has rows; one that holds all assignments needs no
+    loop, nor the memory of what a loop carries."""
+    if chunk == num_assignments:
+        return step(0, start)
+    return jax.lax.fori_loop(0, -(-own.edges[-1] // chunk), step, start)
 
 
 def _at(own: _Own, i: Array | int, chunk: int, num_assignments: int, num_tokens: int):
