@@ -43,9 +43,9 @@ def make_block(router="top_k", num_experts=EXPERTS, *, dtype=jnp.float32, seed=0
         bias = 0.2 * jax.random.normal(keys[3], (num_experts,))
         # Nobody is routed to the last expert: it must have a gradient of exactly 0.
         gate = eqx.tree_at(lambda g: g.score_correction_bias, gate, bias.at[-1].set(-99.0))
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "limit": 0.4}
-    experts = bx.Experts(num_experts, **sizes, dtype=dtype, key=keys[1])
-    shared = bx.FeedForward(**sizes, dtype=dtype, key=keys[2])
+    sizes, clamped = (HIDDEN, INTERMEDIATE), {"activation": bx.activations.swiglu(0.4)}
+    experts = bx.Experts(num_experts, *sizes, **clamped, dtype=dtype, key=keys[1])
+    shared = bx.FeedForward(*sizes, **clamped, dtype=dtype, key=keys[2])
     return bx.RoutedAndSharedMoE(bx.RoutedMoE(gate, experts, **options), shared)
 
 
@@ -66,7 +66,7 @@ def place(parallel, tree):
 def spread(parallel, *arrays):
     """Token arrays over the token axes where they divide, else on every device."""
     for array in arrays:
-        divides = array.shape and array.shape[0] % parallel.token_shards == 0
+        divides = array.shape and array.shape[0] % parallel.layout.token_shards == 0
         spec = PartitionSpec(parallel.tokens) if divides else PartitionSpec()
         yield jax.device_put(array, NamedSharding(parallel.mesh, spec))
 

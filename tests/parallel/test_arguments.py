@@ -1,12 +1,14 @@
 """Mistakes are errors that name the argument, and layouts that are not ours are left alone."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from meshes import HIDDEN, VOCAB, make_block, make_mesh, make_tokens
+from meshes import HIDDEN, KINDS, VOCAB, make_block, make_mesh, make_tokens
 
 import braidax as bx
 
@@ -21,6 +23,8 @@ import braidax as bx
         ({"strategy": "ring"}, ValueError, "`strategy` must be one of"),
         ({"capacity": 1.5}, ValueError, "`capacity` must be None unless"),
         ({"strategy": "all_to_all", "capacity": 0}, ValueError, "`capacity` must be finite and"),
+        ({"matmul": bx.matmul.Dense()}, TypeError, "`matmul` must be a kernel for groups of any"),
+        ({"matmul": "ragged"}, TypeError, "`matmul` must be a kernel for groups of any"),
     ],
 )
 def test_construction(options, error, message, unchecked):
@@ -42,12 +46,43 @@ def test_models():
     parallel = bx.ExpertParallel(make_mesh())
     with pytest.raises(ValueError, match="`model` must hold at least one RoutedMoE"):
         parallel.shard(eqx.nn.Linear(2, 2, key=jax.random.key(0)))
-    with pytest.raises(ValueError, match="`backend` must be one that sorts"):
-        parallel.shard(make_block(backend="dense"))
-    checked = make_block()
-    checked = bx.RoutedMoE(checked.routed.router, checked.routed.experts, checks=True)
-    with pytest.raises(ValueError, match="`checks` must be False"):
-        parallel.shard(checked)
+    # An error that is raised on one device would leave the others waiting.
+    parts = make_block().routed.router, make_block().routed.experts
+    with pytest.raises(ValueError, match="`checks` must be False over a mesh"):
+        parallel.shard(bx.RoutedMoE(*parts, checks=True))
+    checked = bx.RoutedMoE(*parts, dispatch=parallel, checks=True)
+    with pytest.raises(ValueError, match="`checks` must be False over a mesh"):
+        jax.eval_shape(checked, make_tokens(4, 5)[0])
+
+
+def test_whatever_the_block_had_is_replaced():
+    """Dispatches of one device have no say over the mesh."""
+    parallel = bx.ExpertParallel(make_mesh(), strategy="ragged", matmul=bx.matmul.Ragged())
+    for dispatch in (bx.DenseDispatch(), bx.SortedDispatch(bx.matmul.Blocks())):
+        model = parallel.shard([make_block(dispatch=dispatch)])
+        assert model[0].routed.dispatch == parallel
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dispatch_is_replaced_as_any_field(kind):
+    """In the block, and in a gradient of it, whose leaves are placed in the same way."""
+    parallel = bx.ExpertParallel(make_mesh(kind))
+    block = parallel.shard(make_block().routed)
+    hidden_states = make_tokens(4, 5)[0]
+    other = bx.ExpertParallel(parallel.mesh, strategy="all_to_all", capacity=2.0)
+    gradients = eqx.filter(block, bx.trainable(block))
+    for tree in (block, gradients):
+        assert tree.dispatch == parallel
+        for changed in (
+            dataclasses.replace(tree, dispatch=other),
+            eqx.tree_at(lambda b: b.dispatch, tree, other),
+        ):
+            assert changed.dispatch == other != tree.dispatch
+            back = eqx.tree_at(lambda b: b.dispatch, changed, tree.dispatch)
+            assert jax.tree.structure(back) == jax.tree.structure(tree)
+            assert jax.tree.leaves(back) == jax.tree.leaves(tree)
+    output, routing = jax.eval_shape(dataclasses.replace(block, dispatch=other), hidden_states)
+    assert output.shape == (4, 5, HIDDEN) and routing.indices.shape == (4, 5, 3)
 
 
 def test_tokens(unchecked):

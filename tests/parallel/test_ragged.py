@@ -68,8 +68,7 @@ def test_unwritten_rows_are_never_read(monkeypatch):
 
 def test_accelerators_get_the_native_operation():
     parallel = bx.ExpertParallel(make_mesh(), strategy="ragged")
-    # Not "auto": its kernels are chosen by the platform that traces.
-    block = parallel.shard(make_block(backend="ragged")).routed
+    block = parallel.shard(make_block()).routed
     hidden_states, _, _ = make_tokens(4, 5)
     arrays, static = eqx.partition(block, eqx.is_inexact_array)
 
@@ -89,7 +88,7 @@ def test_accelerators_get_the_native_operation():
 def test_the_planner_knows_the_native_buffers():
     size, tokens = 4, 6
     parallel = bx.ExpertParallel(make_mesh("auto", (1, size)), strategy="ragged")
-    block = parallel.shard(make_block(backend="ragged", dtype=jnp.bfloat16)).routed
+    block = parallel.shard(make_block(dtype=jnp.bfloat16)).routed
     hidden_states, _, _ = make_tokens(size * tokens, dtype=jnp.bfloat16)
     traced = jax.jit(lambda hidden_states: block(hidden_states)[0]).trace(hidden_states)
     for platform in ("cuda", "tpu"):
