@@ -22,6 +22,7 @@ PAGES = sorted(path for path in DOCS.rglob("*.md") if blocks(path.read_text(enco
 PAGES.remove(ELSEWHERE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(DOCS).as_posix())
 def test_a_page_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -38,6 +38,9 @@ GROUP_SIZES = {
 }
 patterns = pytest.mark.parametrize("num_rows, sizes", GROUP_SIZES.values(), ids=GROUP_SIZES)
 dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+one_dtype = pytest.mark.parametrize(
+    "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)]
+)
 
 
 def make_experts(dtype, groups=GROUPS):
@@ -87,7 +90,7 @@ def test_equals_the_oracle(num_rows, sizes, dtype):
     assert not np.asarray(output)[sum(sizes) :].any()
 
 
-@dtypes
+@one_dtype
 @pytest.mark.parametrize("num_rows, groups", [(1, 1), (2, 1), (16, 1), (1, 9), (3, 2), (64, 4)])
 def test_sizes_at_the_edges(num_rows, groups, dtype):
     """Fewer rows than blocks at once, one group, fewer rows than groups, the largest tile."""
@@ -98,7 +101,7 @@ def test_sizes_at_the_edges(num_rows, groups, dtype):
         assert_close(output, exact(experts, rows, sizes))
 
 
-@dtypes
+@one_dtype
 @patterns
 def test_nan_stays_with_its_own(num_rows, sizes, dtype):
     """In one row, in the rows of no group and in one expert, used or not."""

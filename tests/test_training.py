@@ -187,6 +187,7 @@ def test_a_stopped_run_resumes_exactly(number, finished_run, tmp_path, monkeypat
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_exactly(tmp_path, text, capsys):
     """SIGKILL in one process, SIGTERM in the next, the rest in this one."""
     options = {**SIZES, "steps": 300, "log_every": 25, "checkpoint_every": 20, "text": text}

@@ -91,7 +91,14 @@ def token_traffic(found):
     return sum(sent(*collective) for collective in found if collective[0] != "all-reduce")
 
 
-@pytest.mark.parametrize("kind, shape", [("auto", (1, 4)), ("auto", (2, 2)), ("explicit", (2, 2))])
+@pytest.mark.parametrize(
+    "kind, shape",
+    [
+        pytest.param("auto", (1, 4), marks=pytest.mark.slow),
+        pytest.param("auto", (2, 2), marks=pytest.mark.slow),
+        ("explicit", (2, 2)),
+    ],
+)
 @pytest.mark.parametrize("strategy, capacity", [("gather", None), ("all_to_all", 1.5)])
 def test_only_what_was_written(strategy, capacity, kind, shape):
     size, tokens = shape[1], local_tokens(shape)
@@ -126,7 +133,7 @@ def test_only_what_was_written(strategy, capacity, kind, shape):
     assert per_token == pytest.approx(2 * min(rows, size - 1) * HIDDEN * 4, rel=0.05)
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (2, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 4), marks=pytest.mark.slow), (2, 2)])
 @pytest.mark.parametrize(
     "strategy, capacity", [("gather", None), ("all_to_all", 1.5), ("ragged", None)]
 )

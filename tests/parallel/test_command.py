@@ -13,6 +13,8 @@ from test_processes import free_port, run_pair
 from braidax.__main__ import main
 from braidax.training import Settings, loop, resume, train
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"hidden": 16, "layers": 2, "heads": 2, "experts": 4, "intermediate": 8}
 RUN = {"batch": 4, "length": 16, "steps": 3, "eval_windows": 8, "log_every": 1, **SIZES}
 

@@ -16,6 +16,8 @@ import braidax as bx
 ROOT = pathlib.Path(__file__).parents[2]
 EXTENSIONS = ("router", "experts", "kernel", "dispatch")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def as_a_reader_has_it():

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from braidax._backends import find_backend
 from meshes import HIDDEN, assert_trees_close
 
 import braidax as bx

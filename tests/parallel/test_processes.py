@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from meshes import assert_trees_close, make_block, make_tokens, train
 
+pytestmark = pytest.mark.slow
+
 FOLDER = pathlib.Path(__file__).parent
 SECONDS = 400  # on a machine that does much else; alone they need less than one minute
 
