@@ -9,6 +9,7 @@ import sys
 import equinox as eqx
 import jax
 import numpy as np
+import pytest
 from meshes import assert_trees_close, make_block, make_tokens, train
 
 pytestmark = pytest.mark.slow
