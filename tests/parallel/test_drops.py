@@ -7,7 +7,16 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import EXPERTS, SLOTS, assert_trees_close, loss_of, make_block, make_mesh, make_tokens
+from meshes import (
+    EXPERTS,
+    SLOTS,
+    assert_trees_close,
+    loss_of,
+    make_block,
+    make_mesh,
+    make_tokens,
+    slow_but_one,
+)
 
 import braidax as bx
 
@@ -46,7 +55,9 @@ def routing_of_one_device():
     return eqx.filter_jit(make_block())(hidden_states, mask=mask)[1]
 
 
-@pytest.mark.parametrize("shape, capacity", [((2, 2), 0.3), ((1, 4), 0.6), ((1, 4), 0.9)])
+@pytest.mark.parametrize(
+    "shape, capacity", slow_but_one([((2, 2), 0.3), ((1, 4), 0.6), ((1, 4), 0.9)])
+)
 def test_drops_are_counted_exactly(shape, capacity):
     hidden_states, _, target = make_tokens(TOKENS)
     routing = routing_of_one_device()

@@ -18,6 +18,7 @@ from meshes import (
     make_mesh,
     make_tokens,
     place,
+    slow_but_one,
     spread,
     train,
 )
@@ -74,7 +75,7 @@ def test_training_equals_one_device(strategy, kind, batch, caplog):
     assert int(actual[0].load[-1]) == 0 and not np.asarray(one.routed.experts.down)[-1].any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but_one(KINDS))
 def test_experts_that_do_not_divide_are_padded(kind):
     parallel = bx.ExpertParallel(make_mesh(kind, (1, 4)))
     with pytest.warns(UserWarning, match="6 experts do not divide over 4 devices"):
@@ -86,6 +87,7 @@ def test_experts_that_do_not_divide_are_padded(kind):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape, names, tokens, strategy",
     [
@@ -128,7 +130,7 @@ def masked_on_one_device():
     return arrays, masked_and_replayed(make_block("hash"), *arrays)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but_one(KINDS))
 def test_hashed_masked_and_replayed(kind):
     arrays, desired = masked_on_one_device()
     parallel = bx.ExpertParallel(make_mesh(kind))
@@ -136,7 +138,7 @@ def test_hashed_masked_and_replayed(kind):
     assert_trees_close(masked_and_replayed(model, *spread(parallel, *arrays)), desired)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", slow_but_one(STRATEGIES))
 def test_nothing_of_a_masked_token_gets_out(strategy):
     parallel = bx.ExpertParallel(make_mesh(), strategy=strategy)
     hidden_states, input_ids, _ = make_tokens(3, 5)
@@ -148,7 +150,7 @@ def test_nothing_of_a_masked_token_gets_out(strategy):
     assert_trees_close(gradients, model(sharded, hidden_states, input_ids, mask), tolerance=0)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", slow_but_one(STRATEGIES))
 def test_a_nan_token_reaches_itself_alone(strategy):
     parallel = bx.ExpertParallel(make_mesh(), strategy=strategy)
     hidden_states, input_ids, _ = make_tokens(4, 5)
@@ -162,7 +164,9 @@ def test_a_nan_token_reaches_itself_alone(strategy):
     np.testing.assert_array_equal(np.asarray(output)[others], np.asarray(clean)[others])
 
 
-@pytest.mark.parametrize("kind, batch", [("explicit", ()), ("auto", (1,)), ("auto", (0,))])
+@pytest.mark.parametrize(
+    "kind, batch", slow_but_one([("explicit", ()), ("auto", (1,)), ("auto", (0,))])
+)
 def test_one_token_and_none(kind, batch):
     parallel = bx.ExpertParallel(make_mesh(kind))
     block = make_block()
@@ -181,7 +185,7 @@ def bfloat16_on_one_device():
     return evaluate(make_block(dtype=jnp.bfloat16), *make_tokens(4, 5, dtype=jnp.bfloat16))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", slow_but_one(STRATEGIES))
 def test_bfloat16(strategy):
     parallel = bx.ExpertParallel(make_mesh(), strategy=strategy)
     model = parallel.shard(make_block(dtype=jnp.bfloat16))
@@ -219,7 +223,7 @@ def stacked_layers():
     return layers, (hidden_states, target), scanned(layers, hidden_states, target)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", slow_but_one(STRATEGIES))
 def test_layers_by_scan_with_checkpoint(strategy):
     layers, tokens, desired = stacked_layers()
     sharded = bx.ExpertParallel(make_mesh(), strategy=strategy).shard(layers)
@@ -227,7 +231,7 @@ def test_layers_by_scan_with_checkpoint(strategy):
     assert_trees_close(scanned(sharded, *tokens), desired)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but_one(KINDS))
 def test_what_was_loaded_is_placed_again(kind, tmp_path):
     """README, "Past one device": a file knows no devices."""
     hidden_states, input_ids, _ = make_tokens(4, 5)
