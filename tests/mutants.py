@@ -56,7 +56,7 @@ MUTANTS = (
     Mutant(
         "ids of another shape are refused",
         "_router/base.py",
-        "if jnp.shape(input_ids) != tuple(batch):",
+        "if jnp.shape(array) != tuple(batch):",
         "if False:",
         ("hazards_call::a_call_is_refused_alike_eager_and_under_jit",),
     ),
@@ -69,7 +69,7 @@ MUTANTS = (
     ),
     Mutant(
         "checks raise for unknown ids",
-        "_moe.py",
+        "_dispatch/base.py",
         "jnp.isnan(routing.weights),",
         "jnp.isnan(routing.weights) & False,",
         ("hazards_run_time::checks_raise_for_an_id_outside_the_table[jit]",),
@@ -189,15 +189,15 @@ MUTANTS = (
     Mutant(
         "a capacity keeps the first to come",
         "_routing.py",
-        "left_out = ((place >= capacity)",
-        "left_out = ((place > capacity)",
+        "left_out = (place >= capacity)",
+        "left_out = (place > capacity)",
         ("moe::capacity_against_a_recount",),
     ),
     Mutant(
         "softmax obeys `normalize` as every score function does",
         "_router/gate.py",
-        "if self.normalize:",
-        "if self.normalize and self.score_function is not jax.nn.softmax:",
+        "normalized(weights) if self.normalize else weights",
+        "weights",
         ("routers::softmax_weights_are_normalized_by_default",),
     ),
     Mutant(
