@@ -12,6 +12,7 @@ import pytest
 from pages import blocks, run_page
 
 import braidax as bx
+from braidax import training
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -69,7 +70,7 @@ def public_names(module):
 def public_paths():
     """`braidax.Gate`, `braidax.matmul.Auto`. Where a module is called like the function in it, the
     short path would show the module."""
-    for name, value in public_names(bx).items():
+    for name, value in {**public_names(bx), "training": training}.items():
         if isinstance(value, types.ModuleType):
             yield f"braidax.{name}"
             yield from (f"braidax.{name}.{part}" for part in public_names(value))
