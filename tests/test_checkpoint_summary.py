@@ -143,7 +143,7 @@ def test_text(tmp_path):
     assert lines[-1] == "1,494,020 parameters, 904,196 active for a token"
 
 
-def test_seventy_thousand_tensors_in_two_seconds(tmp_path):
+def test_seventy_thousand_tensors_in_seconds_and_not_minutes(tmp_path):
     """46 shards by hand, their data a hole in the file: only headers can be read in that time."""
     weight_map = {}
     for shard in range(46):
@@ -176,5 +176,5 @@ def test_seventy_thousand_tensors_in_two_seconds(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     output = subprocess.run(command, env=environment, check=True, capture_output=True).stdout
     seconds, parameters = output.split()
-    assert float(seconds) < 2
+    assert float(seconds) < 20  # about 1 on a quiet machine; quadratic in the names takes minutes
     assert int(parameters) == 46 * (256 * 4096 + 768 * 2**23)

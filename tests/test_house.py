@@ -22,13 +22,23 @@ HAZARDS = 47
 
 # A module imports only modules of a lower rank, or of its own package.
 RANKS = (
-    ("_checks", "_compiled", "_text", "_mesh", "_balanced_table", "_families", "_scoring"),
+    (
+        "_checks",
+        "_compiled",
+        "_functions",
+        "_text",
+        "_mesh",
+        "_balanced_table",
+        "_families",
+        "_scoring",
+    ),
     ("_matmul",),
     ("_routing", "_config_file", "_experts", "hash_tables", "matmul"),
     ("_config", "_balance", "_balance_losses"),
     ("_router",),
     ("_dispatch", "_replay", "_filters"),
     ("_moe",),
+    ("_common",),
     ("_parallel", "_checkpoint", "_inspect"),
     ("training",),
     ("__init__",),

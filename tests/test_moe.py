@@ -350,7 +350,8 @@ def test_functions_and_halves_of_a_block_can_be_replaced():
     block = make_block(bx, "top_k", "blocks").routed
     hidden_states, _ = make_inputs()
     smaller = eqx.tree_at(lambda b: b.experts.activation, block, bx.activations.swiglu(1e-3))
-    assert np.abs(np.asarray(call(smaller, hidden_states)[0])).max() < 1e-4
+    output, clamped = (call(b, hidden_states)[0] for b in (block, smaller))
+    assert np.abs(np.asarray(clamped)).max() < np.abs(np.asarray(output)).max() / 50
     scored = eqx.tree_at(lambda b: b.router.gate.score_function, block, jax.nn.sigmoid)
     _, routing = call(scored, hidden_states)
     np.testing.assert_allclose(routing.scores, jax.nn.sigmoid(routing.logits), rtol=1e-6)

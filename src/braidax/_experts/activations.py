@@ -12,7 +12,7 @@ from .._checks import positive_number
 _LOWEST_GATE = -1000.0
 
 
-class SwiGLU(eqx.Module):
+class _SwiGLU(eqx.Module):
     """What `swiglu` returns: a module without arrays."""
 
     limit: float | None = eqx.field(static=True)
@@ -32,7 +32,7 @@ class SwiGLU(eqx.Module):
         return jax.nn.silu(gate) * up
 
 
-def swiglu(limit: float | int | None = None) -> SwiGLU:
+def swiglu(limit: float | int | None = None) -> _SwiGLU:
     """`silu(min(gate, limit)) * clip(up, -limit, limit)`, an activation of gate and up.
 
     `limit` clamps the gate from above and the up projection on both sides; `None` is no clamp.
@@ -50,4 +50,4 @@ def swiglu(limit: float | int | None = None) -> SwiGLU:
         >>> activation == bx.activations.swiglu(2)
         True
     """
-    return SwiGLU(None if limit is None else positive_number("limit", limit))
+    return _SwiGLU(None if limit is None else positive_number("limit", limit))

@@ -153,8 +153,8 @@ class ExpertParallel(AbstractDispatch):
         Experts that do not divide over `axis` are kept whole on every device, with a warning. When
         they are used, they are padded by experts that nobody is routed to.
 
-        **Raises:** `ValueError` for a model without a `RoutedMoE`, for one with run-time checks,
-        and for experts whose arrays do not all start with the expert axis.
+        **Raises:** `ValueError` for a model without a `RoutedMoE`, and for run-time checks. Also
+        for experts whose arrays do not all start with the expert axis.
         """
         blocks = [node for node in jax.tree.leaves(model, is_leaf=is_block) if is_block(node)]
         if not blocks:
