@@ -94,7 +94,7 @@ class Checkpoint:
         layer's hash table, or what the `config.json` beside the files says.
 
         **Raises:** `ValueError` naming file and tensor for files that are damaged or absent, and
-        for a layer that does not exist; `TypeError` for a `layer_idx` that is no integer.
+        for a layer that does not exist. `TypeError` for a `layer_idx` that is no integer.
         """
         return count_checkpoint(self._path, self._tensors, DEEPSEEK, layer_idx)
 
