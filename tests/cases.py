@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, VOCAB = 12, 7, 5, 3, 20
 
@@ -30,6 +31,13 @@ BACKENDS = [
 if importlib.util.find_spec("tokamax") is not None:
     # On a CPU it is `ragged_dot` as well.
     BACKENDS.append(BackendCase("tokamax", False, forward_mode=False, wide_activations=False))
+
+
+def slow_but_one(cases):
+    """The first of the cases in `nox -s tests`, and the others in `nox -s tests_slow`."""
+    cases = list(cases)
+    others = (case if isinstance(case, tuple | list) else (case,) for case in cases[1:])
+    return [cases[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in others)]
 
 
 def make_dispatch(bx, name, **options):

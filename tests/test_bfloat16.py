@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import BACKENDS, make_dispatch
+from cases import BACKENDS, make_dispatch, slow_but_one
 
 import braidax as bx
 
@@ -21,7 +21,7 @@ def float64(array):
     return np.asarray(array.astype(jnp.float32), np.float64)
 
 
-@pytest.fixture(scope="module", params=["top-k", "hash"])
+@pytest.fixture(scope="module", params=slow_but_one(["top-k", "hash"]))
 def case(request):
     """A layer, its inputs, and what float64 makes of their bfloat16 values."""
     config = bx.MoEConfig(

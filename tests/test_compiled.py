@@ -12,11 +12,20 @@ import jax.extend
 import jax.numpy as jnp
 import optax
 import pytest
-from cases import EXPERTS, ROUTERS, SLOTS, assert_close, make_block, make_dispatch, make_inputs
+from cases import (
+    EXPERTS,
+    ROUTERS,
+    SLOTS,
+    assert_close,
+    make_block,
+    make_dispatch,
+    make_inputs,
+    slow_but_one,
+)
 
 import braidax as bx
 
-sorted_backends = pytest.mark.parametrize("backend", ["blocks", "ragged"])
+sorted_backends = pytest.mark.parametrize("backend", slow_but_one(["blocks", "ragged"]))
 
 
 def top_k_block(sizes, backend, **options):
@@ -141,7 +150,7 @@ def test_memory_of_the_default_backend():
     assert temporary + output <= 3 * (row + pre_activations) + weights
 
 
-@pytest.mark.parametrize("tokens", [4, 32, 1024])
+@pytest.mark.parametrize("tokens", slow_but_one([1024, 4, 32]))
 def test_bfloat16_weights_are_widened_one_expert_at_a_time(tokens):
     """XLA on a CPU would widen the whole stack to float32 before the loop: twice its own size.
     With 4 tokens inference takes single rows, with 32 tiles, with 1024 the loop over blocks."""

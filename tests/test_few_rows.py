@@ -79,7 +79,7 @@ def exact(experts, rows, sizes):
     return output
 
 
-@dtypes
+@one_dtype
 @patterns
 def test_equals_the_oracle(num_rows, sizes, dtype):
     """bfloat16 weights are widened, which is exact, and rows of float32 stay so."""

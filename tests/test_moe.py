@@ -69,7 +69,12 @@ def problem(indices, seed=0):
 
 
 # Every assignment on every backend, and one with recomputed pre-activations.
-ORACLE_CASES = [(name, backend, False) for name in ASSIGNMENTS for backend in BACKEND_NAMES]
+ORACLE_CASES = [(name, "blocks", False) for name in ASSIGNMENTS]
+ORACLE_CASES += [
+    pytest.param(name, backend, False, marks=() if name == "random" else pytest.mark.slow)
+    for name in ASSIGNMENTS
+    for backend in BACKEND_NAMES[1:]
+]
 ORACLE_CASES += [("random", backend, True) for backend in BACKEND_NAMES if backend != "dense"]
 
 

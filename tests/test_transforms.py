@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BACKENDS, ROUTERS, assert_close, make_block, make_inputs
+from cases import BACKENDS, ROUTERS, assert_close, make_block, make_inputs, slow_but_one
 
 import braidax as bx
 
-every_kind = pytest.mark.parametrize("kind", ROUTERS)
+every_kind = pytest.mark.parametrize("kind", slow_but_one(ROUTERS))
 # The dense dispatch is what the others are compared with.
 every_sorted_backend = pytest.mark.parametrize(
-    "backend", [case.name for case in BACKENDS if case.name != "dense"]
+    "backend", slow_but_one([case.name for case in BACKENDS if case.name != "dense"])
 )
 
 
@@ -54,7 +54,7 @@ def assert_trees_close(actual, desired):
         assert_close(a, b)
 
 
-@pytest.fixture(scope="module", params=["top_k", "hash"])
+@pytest.fixture(scope="module", params=slow_but_one(["top_k", "hash"]))
 def oracle(request):
     """The dense backend, one example at a time: outputs, weight gradients, input gradients."""
     block = make_block(bx, request.param, "dense")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
+from cases import slow_but_one as slow_but_one
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import braidax as bx
@@ -28,13 +28,6 @@ class Result(NamedTuple):
     routing: bx.Routing
     load: jax.Array
     gradients: bx.RoutedAndSharedMoE
-
-
-def slow_but_one(cases):
-    """The first of the cases in `nox -s tests`, and the others in `nox -s tests_slow`."""
-    cases = list(cases)
-    others = (case if isinstance(case, tuple) else (case,) for case in cases[1:])
-    return [cases[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in others)]
 
 
 def make_mesh(kind="auto", shape=(2, 2), names=("data", "expert")):

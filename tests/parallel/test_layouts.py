@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from meshes import KINDS, assert_trees_close, loss_of, make_block, make_mesh, make_tokens, place
+from meshes import (
+    KINDS,
+    assert_trees_close,
+    loss_of,
+    make_block,
+    make_mesh,
+    make_tokens,
+    place,
+    slow_but_one,
+)
 
 import braidax as bx
 
@@ -21,7 +30,7 @@ def one_device():
 
 
 @pytest.mark.parametrize(
-    "kinds", [("auto", "auto"), ("explicit", "explicit"), ("auto", "explicit")]
+    "kinds", slow_but_one([("auto", "auto"), [("explicit", "explicit")], [("auto", "explicit")]])
 )
 def test_a_layout_over_another_axis_is_kept(kinds):
     types = tuple(KINDS[kind] for kind in kinds)
@@ -46,7 +55,7 @@ def test_a_layout_over_another_axis_is_kept(kinds):
     assert_trees_close(evaluate(model, *make_tokens(4, 5)), one_device())
 
 
-@pytest.mark.parametrize("strategy", ["gather", "ragged"])
+@pytest.mark.parametrize("strategy", slow_but_one(["gather", "ragged"]))
 def test_inside_a_shard_map_of_the_users(strategy):
     """The batch in two parts by the user's `shard_map`, and each part over the experts."""
     mesh = make_mesh("auto", (2, 2), ("replica", "expert"))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import HIDDEN, assert_trees_close
+from meshes import HIDDEN, assert_trees_close, slow_but_one
 
 import braidax as bx
 from braidax._parallel.local import local_experts
@@ -98,7 +98,7 @@ def test_chunks_do_not_change_the_answer(own, chunk):
     assert_trees_close(actual[1], desired[1])
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", slow_but_one(KERNELS))
 def test_bfloat16_gradients_are_near_whatever_the_chunks(kernel):
     arguments = arguments_for(40, jnp.bfloat16)
     (_, (actual, _, _)), (_, (whole, _, _)) = (
@@ -164,7 +164,7 @@ def test_gradients_of_weights_that_are_shared_or_changed_first():
 # In stacks of the experts' weights. With so few rows the forward pass copies four experts at a
 # time in float32, 4/3 of this stack of three. The backward pass holds the float32 gradients of one
 # chunk; their sum is the output, or a float32 sum that bfloat16 is rounded from.
-@pytest.mark.parametrize("dtype, stacks", [(jnp.float32, 2), (jnp.bfloat16, 5)])
+@pytest.mark.parametrize("dtype, stacks", slow_but_one([(jnp.float32, 2), (jnp.bfloat16, 5)]))
 def test_the_backward_pass_holds_one_chunks_gradients_beside_their_sum(dtype, stacks):
     _, _, scales, indices, _ = arguments_for(25)
     experts = bx.Experts(LOCAL, 128, 512, dtype=dtype, key=jax.random.key(5))

@@ -4,10 +4,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from meshes import make_block, make_mesh, make_tokens
 
 import braidax as bx
 from braidax._experts.packed import PackedMatrices
+
+pytestmark = pytest.mark.slow
 
 
 def packed_block():

@@ -21,6 +21,8 @@ from meshes import (
 import braidax as bx
 from braidax._parallel import ragged, traffic
 
+pytestmark = pytest.mark.slow
+
 CLEAN = ragged.emulated
 
 
