@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
     @property
     def weights_are_constant(self) -> bool:
-        """Each token has one distinct expert: normalised, its weights do not depend on the gate."""
+        """Each token has one distinct expert: normalized, its weights do not depend on the gate."""
         one_expert = self.per_token == 1 or (self.kind == "hash" and self.load == "one")
         return one_expert and self.score != "softmax"
 

@@ -17,9 +17,9 @@ SMALLEST_GAP = 1e-6
 
 
 class _KeepsSoftmaxScores:
-    """Released DeepSeek code does not renormalise softmax scores, which sum to 1 over all experts.
+    """Released DeepSeek code does not normalize softmax scores, which sum to 1 over all experts.
 
-    transformers knows no "softmax" activation and always renormalises.
+    transformers knows no "softmax" activation and always normalizes.
     """
 
     def forward(self, hidden_states, *input_ids):
@@ -50,7 +50,10 @@ def make_reference_config(
     limit: float = 10.0,
     **others,
 ) -> DeepseekV4Config:
-    """transformers' configuration; `others` are the fields that the block does not read."""
+    """transformers' configuration; `others` are the fields that the block does not read.
+
+    One of these says for braidax what the router does: softmax scores are not normalized."""
+    others.setdefault("norm_topk_prob", score != "softmax")
     return DeepseekV4Config(
         hidden_size=hidden,
         moe_intermediate_size=intermediate,

@@ -87,7 +87,7 @@ def test_gradient_of_an_expert_that_was_not_selected():
     np.testing.assert_allclose(theirs[0][:2], ours[0][:2], rtol=1e-5, atol=1e-7)
 
 
-def test_gradient_through_the_normaliser():
+def test_gradient_through_the_normalizer():
     """All selected scores tiny: dividing by their sum has a derivative that overflows."""
     theirs, ours = router_gradients(
         *blocks(weight=logits_as_weight(-90.0, -91.0), experts=2),
@@ -104,7 +104,7 @@ def test_softmax_scores():
     config = make_config(score="softmax")
     with pytest.raises(KeyError):
         modeling.DeepseekV4TopKRouter(config)
-    router = bx.TopKRouter(4, 4, 2, score_function="softmax", key=jax.random.key(0))
+    router = bx.TopKRouter(4, 4, 2, score_function=jax.nn.softmax, key=jax.random.key(0))
     assert float(router(jnp.asarray(ONE)).scores.sum()) == pytest.approx(1)
 
 

@@ -50,6 +50,7 @@ def our_config(config):
         "scaling_factor": config.routed_scaling_factor,
         "num_hash_layers": config.mlp_layer_types.count("hash_moe"),
         "swiglu_limit": config.swiglu_limit,
+        **({} if config.norm_topk_prob else {"normalize": False}),
     }
 
 

@@ -72,7 +72,7 @@ def test_masked_groups_that_win_with_zero():
         8,
         8,
         2,
-        score_function="sigmoid",
+        score_function=jax.nn.sigmoid,
         num_groups=2,
         num_selected_groups=1,
         key=jax.random.key(0),

@@ -2,7 +2,6 @@
 
 import copy
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -60,11 +59,6 @@ def make_model():
     return model
 
 
-@eqx.filter_jit
-def call(moe, hidden_states, input_ids):
-    return moe(hidden_states, input_ids)
-
-
 class BraidaxBlock(torch.nn.Module):
     """Stands where a `DeepseekV4SparseMoeBlock` stood; keeps the experts that it chose."""
 
@@ -74,8 +68,8 @@ class BraidaxBlock(torch.nn.Module):
         self.chosen = []
 
     def forward(self, hidden_states, input_ids=None):
-        output, routing = call(
-            self.moe, jnp.asarray(hidden_states.numpy()), jnp.asarray(input_ids.numpy())
+        output, routing = self.moe(
+            jnp.asarray(hidden_states.numpy()), jnp.asarray(input_ids.numpy())
         )
         self.chosen.append(np.asarray(routing.indices))
         return torch.from_numpy(np.array(output))
