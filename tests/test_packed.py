@@ -43,13 +43,29 @@ def run(moe, hidden_states, input_ids):
 
 
 @pytest.mark.parametrize("layout", PACKABLE.values(), ids=PACKABLE)
-def test_outputs_are_those_of_the_decoded_block(tmp_path, layout):
+def test_each_matrix_is_the_decoded_one(tmp_path, layout):
+    """Bit for bit, as the array that it stands for and as the kernels see it."""
     path = write(tmp_path, layout, SCORED)
+    packed, decoded = (
+        bx.load_moe(path, SCORED, dtype=dtype).routed.experts for dtype in ("packed", "float32")
+    )
+    merged = decoded.gate_up.reshape(EXPERTS, -1, HIDDEN)
+    for found, whole, wanted in (
+        (packed.gate_up, decoded.gate_up, merged),
+        (packed.down, decoded.down, decoded.down),
+    ):
+        assert isinstance(found, PackedMatrices)
+        assert (found.shape, found.ndim, found.dtype) == (whole.shape, whole.ndim, whole.dtype)
+        assert found.merged().shape == wanted.shape
+        for group in range(EXPERTS):
+            matrix = found.merged().of_group(jnp.int32(group), jnp.float32)
+            assert np.array_equal(matrix, wanted[group])
+
+
+@pytest.mark.parametrize("name", ["V4-Flash and Pro", "V4 Base", "FP8 E5M2"])
+def test_outputs_are_those_of_the_decoded_block(tmp_path, name):
+    path = write(tmp_path, LAYOUTS[name], SCORED)
     packed, decoded = bx.load_moe(path, SCORED, dtype="packed"), bx.load_moe(path, SCORED)
-    for name in ("gate_up", "down"):
-        arrays = [getattr(moe.routed.experts, name) for moe in (packed, decoded)]
-        assert isinstance(arrays[0], PackedMatrices)
-        assert len({(array.shape, array.ndim, array.dtype) for array in arrays}) == 1
     (output, routing), (wanted, wanted_routing) = (run(moe, *inputs()) for moe in (packed, decoded))
     assert np.array_equal(routing.indices, wanted_routing.indices)
     assert_close(output, wanted)
