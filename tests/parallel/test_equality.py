@@ -233,7 +233,7 @@ def test_layers_by_scan_with_checkpoint(strategy):
 
 @pytest.mark.parametrize("kind", slow_but_one(KINDS))
 def test_what_was_loaded_is_placed_again(kind, tmp_path):
-    """README, "Past one device": a file knows no devices."""
+    """README, "More than one device": a file knows no devices."""
     hidden_states, input_ids, _ = make_tokens(4, 5)
     parallel = bx.ExpertParallel(make_mesh(kind))
     sharded = place(parallel, parallel.shard(make_block(seed=1)))

@@ -55,7 +55,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 
 def _largest(rows, name, columns):
-    """One row for all of a name: what the README's table shows."""
+    """One row for all of a name: what the table of `docs/parity.md` shows."""
     errors = [row[2] for row in rows if row[0] == name]
     largest = {
         column: max(error[column] for error in errors if column in error)

@@ -1,6 +1,6 @@
 """Where transformers 5.23 is wrong or silent: its value beside ours. Every number is measured.
 
-A test that fails because "theirs" changed is good news: the README's table loses a row.
+A test that fails because "theirs" changed is good news: a table of `docs/parity.md` loses a row.
 """
 
 import equinox as eqx
