@@ -32,6 +32,14 @@ def lowest(requirement: str) -> str:
     return f"{parsed.name}=={bound.version}"
 
 
+def run_tests(session: nox.Session, kind: str) -> None:
+    """Tests of a kind. The `optimized` ones are compiled as a user's programs, all others fast."""
+    session.install("-e", ".", *group("test"))
+    for half in ("not optimized", "optimized"):
+        # A path among the arguments may leave no test of one half: exit code 5.
+        session.run(*PYTEST, "-m", f"{kind} and {half}", *session.posargs, success_codes=[0, 5])
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, formatting and static types."""
@@ -47,15 +55,13 @@ def tests(session: nox.Session) -> None:
 
     `nox -s tests -P 3.13` runs them on another Python than the one that runs nox.
     """
-    session.install("-e", ".", *group("test"))
-    session.run(*PYTEST, *session.posargs)
+    run_tests(session, "not slow")
 
 
 @nox.session(default=False)
 def tests_slow(session: nox.Session) -> None:
     """The tests that `tests` leaves out: whole programs, pages, and more of the same cases."""
-    session.install("-e", ".", *group("test"))
-    session.run(*PYTEST, "-m", "slow", *session.posargs)
+    run_tests(session, "slow")
 
 
 @nox.session(default=False)
@@ -63,7 +69,7 @@ def tests_lowest(session: nox.Session) -> None:
     """Every interface once, on the lowest version of every direct dependency."""
     requirements = (*PROJECT["project"]["dependencies"], *group("test"))
     session.install("-e", ".", *map(lowest, requirements))
-    session.run(*PYTEST, "tests/lowest", *session.posargs)
+    session.run(*PYTEST, "-m", "not optimized", "tests/lowest", *session.posargs)
 
 
 @nox.session(default=False)
