@@ -35,9 +35,9 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from braidax.training import read_corpus
 
 import braidax as bx
+from braidax.training import read_corpus
 
 num_experts, experts_per_token = 16, 4
 

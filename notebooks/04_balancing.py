@@ -34,6 +34,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from IPython.display import display
+
+import braidax as bx
 from braidax.training import (
     LanguageModel,
     Settings,
@@ -41,9 +44,6 @@ from braidax.training import (
     read_corpus,
     training_windows,
 )
-from IPython.display import display
-
-import braidax as bx
 
 # The model of `python -m braidax train`, smaller: 2 decoder layers, both routed by top-k.
 settings = Settings(
