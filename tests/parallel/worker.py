@@ -3,9 +3,13 @@
 python worker.py PORT PROCESS FILE
 """
 
+import pathlib
 import sys
 
 import jax
+
+# `meshes` imports helpers of all tests, which lie in the folder above.
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
 
 def main(port, process, path):
