@@ -149,11 +149,10 @@ class AbstractGroupedMatmul(eqx.Module):
         right: Float[Array, "rows b"],
         group_sizes: Int[Array, " groups"],
         *,
-        out_dtype: DTypeLike | None = None,
+        out_dtype: jnp.dtype,
     ) -> Float[Array, "groups a b"]:
-        """`outer` of `left` and `right` by `group_sizes` in `out_dtype` (by default float32 or
-        wider), with groups without rows 0."""
-        out_dtype = jnp.dtype(out_dtype or accumulation_dtype(left, right))
+        """`outer` of `left` and `right` by `group_sizes` in `out_dtype`, with groups without rows
+        0."""
         left, right = (clear_nobody(rows, group_sizes) for rows in (left, right))
         if not self.wide_rows:
             left, right = (_rounded(rows, out_dtype) for rows in (left, right))

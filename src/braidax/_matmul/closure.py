@@ -19,6 +19,7 @@ from .base import AbstractGroupedMatmul, clear_nobody
 from .blocks import Blocks
 from .mapped import mapped_by, mapped_multiply, mapped_outer
 from .network import Activation, FeedForwardWeights, accumulation_dtype
+from .stacks import is_packed
 
 
 class GroupedMatmul(eqx.Module):
@@ -61,7 +62,7 @@ class GroupedMatmul(eqx.Module):
         """
         out_dtype = jnp.dtype(out_dtype or accumulation_dtype(rows, weight))
         if self.kernel.plain:
-            weight = weight if _is_array(weight) else _unpacked(weight)
+            weight = _unpacked(weight) if is_packed(weight) else weight
             options = {"transposed": transposed, "out_dtype": out_dtype}
             return self.kernel.multiply(rows, weight, group_sizes, **options)
         kernel = _kernel_for(self.kernel, weight)
@@ -84,14 +85,9 @@ class GroupedMatmul(eqx.Module):
         - `activation`: elementwise, of gate and up, or of one argument. Hashable, and equal to
             every activation that computes the same.
         """
-        if self.kernel.plain or not (_is_array(weights.up) and _is_array(weights.down)):
+        if self.kernel.plain or is_packed(weights.up) or is_packed(weights.down):
             return network.forward_saving(self, rows, weights, group_sizes, activation)[0]
         return _feed_forward(self.kernel, rows, weights, group_sizes, activation)
-
-
-def _is_array(weight: Any) -> bool:
-    """Whether `weight` is an array, and not packed numbers that are read by `of_group`."""
-    return not hasattr(weight, "of_group")
 
 
 def _unpacked(weight: Any) -> Float[Array, "groups a b"]:
@@ -102,7 +98,7 @@ def _unpacked(weight: Any) -> Float[Array, "groups a b"]:
 
 def _kernel_for(kernel: AbstractGroupedMatmul, weight: Any) -> AbstractGroupedMatmul:
     """Only the loop over blocks reads packed weights, which it decodes group by group."""
-    return kernel if _is_array(weight) else Blocks()
+    return Blocks() if is_packed(weight) else kernel
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5))
@@ -123,7 +119,7 @@ def _multiply_backward(kernel, transposed, out_dtype, residuals, cotangent):
     rows_cotangent = _multiply(
         kernel, cotangent, weight, group_sizes, not transposed, jnp.dtype(rows.dtype)
     )
-    if not _is_array(weight):
+    if is_packed(weight):
         return rows_cotangent, None, None  # packed numbers are constants
     left, right = (cotangent, rows) if transposed else (rows, cotangent)
     return rows_cotangent, _outer(kernel, left, right, group_sizes, jnp.dtype(weight.dtype)), None
@@ -219,8 +215,7 @@ def _composed(kernel, rows, weights, group_sizes, activation):
 def _closed_products(
     kernel: AbstractGroupedMatmul,
 ) -> tuple[Callable[..., Array], Callable[..., Array]]:
-    def outer(left, right, group_sizes, *, out_dtype=None):
-        out_dtype = jnp.dtype(out_dtype or accumulation_dtype(left, right))
+    def outer(left, right, group_sizes, *, out_dtype):
         return _outer(kernel, left, right, group_sizes, out_dtype)
 
     return GroupedMatmul(kernel), outer

@@ -7,11 +7,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+def is_packed(stack: Any) -> bool:
+    """Whether `stack` is no array, but packed numbers that decode themselves group by group."""
+    return hasattr(stack, "of_group")
+
+
 def of_group(stack: Any, group: Int[Array, ""], dtype: jnp.dtype) -> Float[Array, "a b"]:
     """One matrix of `stack`, `(groups, a, b)`, in `dtype`.
 
     Packed numbers have a method `of_group(group, dtype)` of their own, which decodes them."""
-    if hasattr(stack, "of_group"):
+    if is_packed(stack):
         return stack.of_group(group, dtype)
     return part_of_group(stack, group, (0, 0), (stack.shape[1], stack.shape[2]), dtype)
 
