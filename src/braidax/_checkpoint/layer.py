@@ -9,12 +9,12 @@ from .._config import MoEConfig
 from .dtypes import narrowed
 from .errors import mistake
 from .index import StoredTensors
+from .leaves import MATRICES
 from .names import LayerNames
 from .stored_matrix import FLOATS, StoredMatrix, stored_matrix
 
 # For each expert the matrices whose rows, one after the other, are its own.
 Stack = tuple[tuple[StoredMatrix, ...], ...]
-_MATRICES = {"gate_up": ("gate", "up"), "down": ("down",)}
 
 
 def check_layer(
@@ -66,14 +66,14 @@ def find_stack(
     *_, rows, columns = shape
     size = (rows, columns) if kind == "gate_up" else (columns, rows)
     if owner == "experts" and name in names.tensors:
-        size = (shape[0], len(_MATRICES[kind]) * size[0], size[1])
+        size = (shape[0], len(MATRICES[kind]) * size[0], size[1])
         matrix = stored_matrix(tensors, names.tensors[name], size)
         return tuple((matrix.of_stack(index),) for index in range(shape[0]))
     owners = ["shared"] if owner == "shared" else [f"experts.{i}" for i in range(shape[0])]
     return tuple(
         tuple(
             stored_matrix(tensors, names.tensors[f"{owner}.{matrix}"], size)
-            for matrix in _MATRICES[kind]
+            for matrix in MATRICES[kind]
         )
         for owner in owners
     )

@@ -24,6 +24,8 @@ from .._moe import RoutedAndSharedMoE, RoutedMoE
 from .._router import AbstractRouter, HashRouter, TopKRouter
 
 Block = RoutedMoE | RoutedAndSharedMoE
+# The matrices of one network that an array is made of, one after the other.
+MATRICES = {"gate_up": ("gate", "up"), "down": ("down",)}
 _ROUTERS: dict[type[AbstractRouter], tuple[str, str]] = {
     HashRouter: ("table", "router.table"),
     TopKRouter: ("selection_bias", "router.score_correction_bias"),

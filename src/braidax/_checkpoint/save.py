@@ -13,7 +13,7 @@ from .._families import DEEPSEEK
 from .._moe import RoutedAndSharedMoE, RoutedMoE
 from .dequantize import FP4_GROUP
 from .dtypes import FLOAT4, SCALE
-from .leaves import leaves, to_tensors
+from .leaves import MATRICES, leaves, to_tensors
 from .quantize import FP8_BLOCK, encode_fp4, encode_fp8
 from .safetensors_writer import Lazy, write_safetensors
 from .stored_matrix import grid
@@ -110,7 +110,7 @@ def _released(name: str, array: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _one_by_one(name: str, stack: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    matrices = ("gate", "up") if name.endswith("gate_up") else ("down",)
+    matrices = MATRICES[name.removeprefix("experts.")]
     for expert, rows in enumerate(stack):
         for matrix, part in zip(matrices, np.split(rows, len(matrices)), strict=True):
             yield f"experts.{expert}.{matrix}", part
