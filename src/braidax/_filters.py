@@ -38,14 +38,16 @@ def _mask(tree: PyTree, rule: Callable[[Any], bool]) -> PyTree[bool]:
     """`rule(leaf)` for every leaf of `tree`, and False in the routers' untrained fields."""
     untrained = tree.untrained_fields if is_router(tree) else ()
 
+    def is_inner(node: Any) -> bool:
+        return is_router(node) and node is not tree
+
     def visit(path: tuple, node: Any) -> PyTree[bool]:
         if path and getattr(path[0], "name", None) in untrained:
             return jax.tree.map(lambda _: False, node)
-        return _mask(node, rule) if is_router(node) and node is not tree else rule(node)
+        return _mask(node, rule) if is_inner(node) else rule(node)
 
     # A router within a router is reached too: it is a leaf here and a tree in the inner call.
-    inner = lambda node: is_router(node) and node is not tree  # noqa: E731
-    return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=inner)
+    return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=is_inner)
 
 
 def trainable(model: PyTree) -> PyTree[bool]:

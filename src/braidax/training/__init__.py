@@ -3,24 +3,16 @@
 `python -m braidax train` and `python -m braidax report` are this package on the command line.
 """
 
-# Settings
-# Text
 from .corpus import Corpus as Corpus
 from .corpus import held_out_windows as held_out_windows
 from .corpus import read_corpus as read_corpus
 from .corpus import training_windows as training_windows
-
-# Runs
 from .loop import resume as resume
 from .loop import train as train
-
-# Model
 from .model import LanguageModel as LanguageModel
 from .reports import report_run as report_run
 from .settings import Settings as Settings
 from .settings import UserError as UserError
-
-# Steps
 from .step import State as State
 from .step import evaluate as evaluate
 from .step import initial_state as initial_state
