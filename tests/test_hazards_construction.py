@@ -25,6 +25,8 @@ EXPERT_ERRORS = [
     ({"num_experts": 0}, ValueError, "`num_experts` must be at least 1. Got 0"),
     ({"num_experts": 2.0}, TypeError, "`num_experts` must be an integer. Got 2.0"),
     ({"hidden_size": -1}, ValueError, "`hidden_size` must be at least 1. Got -1"),
+    ({"hidden_size": 10**400}, ValueError, "`hidden_size` must be between 1 and 2147483647"),
+    ({"intermediate_size": 2**31}, ValueError, "`intermediate_size` must be between 1 and"),
     ({"intermediate_size": True}, TypeError, "`intermediate_size` must be an integer. Got True"),
     ({"limit": 0.0}, ValueError, "`limit` must be finite and above 0. Got 0.0"),
     ({"limit": -1.0}, ValueError, "`limit` must be finite and above 0. Got -1.0"),

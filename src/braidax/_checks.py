@@ -16,8 +16,8 @@ _KINDS = {
 
 
 def positive_integer(name: str, value: Any) -> int:
-    """`value` as a Python int of at least 1."""
-    return integer(name, value, 1)
+    """`value` as a Python int of at least 1 and below 2**31, as the sizes of arrays are."""
+    return integer(name, integer(name, value, 1), 1, 2**31 - 1)
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
