@@ -201,6 +201,7 @@ def config(bx, **changes):
 def config_json(**changes):
     """A `config.json` as released, whose words on dtypes are wrong on purpose."""
     return {
+        "model_type": "deepseek_v4",
         "hidden_size": HIDDEN,
         "moe_intermediate_size": INTERMEDIATE,
         "n_routed_experts": EXPERTS,
@@ -223,7 +224,7 @@ def write_shards(folder, shards):
     folder.mkdir(exist_ok=True)
     weight_map = {}
     for shard, tensors in shards.items():
-        write_safetensors(folder / shard, tensors, metadata={"format": "pt"})
+        write_safetensors(folder / shard, tensors)
         weight_map |= dict.fromkeys(tensors, shard)
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -122,6 +122,39 @@ def test_dense_layers_and_multi_token_prediction(tmp_path):
     assert (summary.parameters, summary.active) == (57, 37)
 
 
+def test_what_is_not_understood_is_not_counted_as_active(tmp_path):
+    """A Mixtral and a GPT-OSS: experts, under names and routers of other families."""
+    matrix = np.zeros((4, 8), np.float32)
+    mixtral = {
+        "model.embed_tokens.weight": matrix,
+        "model.layers.0.block_sparse_moe.gate.weight": matrix,
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight": matrix,
+    }
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, mixtral)
+    summary = summarize(path)
+    assert (summary.parameters, summary.active, summary.layers) == (96, None, ())
+    assert "no table has `model.layers.0.block_sparse_moe.experts.0.w1.weight`" in summary.note
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    note = summarize(path).note
+    assert "`model_type` must be one of deepseek_v2" in note and "Got 'mixtral'" in note
+    write_safetensors(
+        path,
+        {"model.layers.0.mlp.router.weight": matrix, "model.layers.0.mlp.experts.down": matrix},
+    )
+    (layer,) = summarize(path).layers
+    assert (layer.router, layer.parameters, layer.active) == ("?", 64, None)
+    assert layer.row()[1:4] == ("?", "-", "?")
+
+
+def test_a_dense_model_is_active_as_a_whole(tmp_path):
+    tensors = {"model.layers.0.mlp.up_proj.weight": np.zeros((4, 8), np.float32)}
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    summary = summarize(tmp_path)
+    assert summary.parameters == summary.active == 32
+
+
 def test_experts_per_token_may_be_unknown(tmp_path):
     folder = write(tmp_path)
     (folder / "config.json").unlink()

@@ -65,6 +65,12 @@ V4_1_TEXT_JSON = {
 
 
 from_hf = bx.MoEConfig.from_hf
+
+
+def without(key, config=V4_FLASH_JSON):
+    return {name: value for name, value in config.items() if name != key}
+
+
 SIZES = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 8, "num_experts_per_token": 2}
 
 
@@ -213,7 +219,7 @@ def test_reads_a_file_or_its_folder(tmp_path):
 
 @pytest.mark.parametrize("spelling", ["n_routed_experts", "num_local_experts", "num_experts"])
 def test_spellings_of_num_experts(spelling):
-    config = {key: value for key, value in V4_FLASH_JSON.items() if key != "n_routed_experts"}
+    config = without("n_routed_experts")
     assert from_hf({**config, spelling: 256}) == from_hf(V4_FLASH_JSON)
 
 
@@ -225,12 +231,15 @@ def test_agreeing_spellings_are_fine_and_conflicting_ones_are_not():
 
 
 def test_mlp_layer_types_count_as_hash_layers():
+    """Without either key, three layers are hashed, as in transformers' `DeepseekV4Config`."""
     config = {**V4_FLASH_JSON, "num_hash_layers": None}
     assert from_hf({**config, "mlp_layer_types": ["hash_moe", "hash_moe", "moe"]}) == (
         dataclasses.replace(from_hf(V4_FLASH_JSON), num_hash_layers=2)
     )
     assert from_hf({**config, "mlp_layer_types": ["moe"]}).num_hash_layers == 0
-    assert from_hf(config).num_hash_layers == 0
+    assert (
+        from_hf(config).num_hash_layers == from_hf(without("num_hash_layers")).num_hash_layers == 3
+    )
     with pytest.raises(ValueError, match="`mlp_layer_types` must list every hash_moe layer before"):
         from_hf({**config, "mlp_layer_types": ["hash_moe", "moe", "hash_moe"]})
     with pytest.raises(ValueError, match="`num_hash_layers` = 3, `mlp_layer_types` = 1"):
@@ -248,25 +257,101 @@ def test_null_groups_are_one_group_and_gate_temp_is_the_temperature():
     assert (config.num_groups, config.num_selected_groups, config.temperature) == (1, 1, 0.5)
 
 
-def test_softmax_scores_are_divided_only_where_the_file_says_so():
-    """As in DeepSeek's code; the other scores are divided unless the file denies it."""
-    silent = {key: value for key, value in V4_FLASH_JSON.items() if key != "norm_topk_prob"}
-    for name, divided in (("softmax", False), ("sigmoid", True), ("sqrtsoftplus", True)):
-        assert from_hf({**silent, "scoring_func": name}).normalize is divided
-        for said in (True, False):
-            given = {**silent, "scoring_func": name, "norm_topk_prob": said}
-            assert from_hf(given).normalize is said
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("name", oracle.SCORES)
+def test_the_file_says_whether_scores_are_divided(name, said):
+    assert (
+        from_hf({**V4_FLASH_JSON, "scoring_func": name, "norm_topk_prob": said}).normalize is said
+    )
 
 
+# What the code of each model type has for a key that is missing. Read off DeepseekV2Config,
+# DeepseekV3Config and DeepseekV4Config of transformers 5.23; `tests/parity` compares with them.
+SILENT = {
+    "deepseek_v2": (2, "softmax", False, 1.0, 1, 1, 0, None),
+    "deepseek_v3": (1, "sigmoid", True, 2.5, 8, 4, 0, None),
+    "deepseek_v32": (1, "sigmoid", True, 2.5, 8, 4, 0, None),
+    "kimi_k2": (1, "sigmoid", True, 2.5, 8, 4, 0, None),
+    "deepseek_v4": (1, "sqrtsoftplus", True, 1.5, 1, 1, 3, 10.0),
+    "deepseek_v41": (1, "sqrtsoftplus", True, 1.5, 1, 1, 0, 10.0),
+    "deepseek_v41_text": (1, "sqrtsoftplus", True, 1.5, 1, 1, 0, 10.0),
+}
+SIZES_JSON = {
+    "hidden_size": 8,
+    "moe_intermediate_size": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+@pytest.mark.parametrize("model_type", SILENT)
+def test_a_missing_key_means_what_it_means_to_the_model(model_type):
+    config = from_hf({"model_type": model_type, **SIZES_JSON})
+    names = ("num_shared_experts", "score_function", "normalize", "scaling_factor", "num_groups")
+    names += ("num_selected_groups", "num_hash_layers", "swiglu_limit")
+    assert tuple(getattr(config, name) for name in names) == SILENT[model_type]
+
+
+@pytest.mark.parametrize("base", [V3_JSON, V4_FLASH_JSON], ids=["V3", "V4"])
 @pytest.mark.parametrize(
-    "key",
-    ["hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"]
-    + ["scoring_func"],
+    "key, field, meaning",
+    [
+        ("n_shared_experts", "num_shared_experts", 0),  # `if config.n_shared_experts is not None:`
+        ("norm_topk_prob", "normalize", False),  # `if self.norm_topk_prob:`
+        ("n_group", "num_groups", 1),
+        ("topk_group", "num_selected_groups", 1),
+        ("swiglu_limit", "swiglu_limit", None),
+        ("vocab_size", "vocab_size", None),
+    ],
 )
+def test_null_means_what_it_means_to_the_models_own_code(key, field, meaning, base):
+    assert getattr(from_hf({**base, key: None}), field) == meaning
+
+
+@pytest.mark.parametrize("key", [*SIZES_JSON, "routed_scaling_factor", "scoring_func", "gate_temp"])
+def test_a_null_that_means_nothing_is_named(key):
+    with pytest.raises(ValueError, match=f"^config: `{key}` must "):
+        from_hf({**V4_FLASH_JSON, key: None})
+
+
+def test_the_other_spelling_of_shared_experts_is_read():
+    config = without("n_shared_experts")
+    assert from_hf({**config, "num_shared_experts": 2}).num_shared_experts == 2
+    with pytest.raises(ValueError, match="`n_shared_experts` = 1, `num_shared_experts` = 2"):
+        from_hf({**V4_FLASH_JSON, "num_shared_experts": 2})
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "", None, ["deepseek_v3"], 3])
+def test_an_unknown_model_type_is_named_with_those_that_are_known(model_type, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**V4_FLASH_JSON, "model_type": model_type}))
+    with pytest.raises(ValueError) as error:
+        from_hf(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: `model_type` must be one of deepseek_v2, deepseek_v3, ")
+    assert message.endswith(f"Got {model_type!r}.")
+    with pytest.raises(ValueError, match="`model_type` must be one of .*Got None"):
+        from_hf(without("model_type"))
+
+
+class Configuration:
+    """As transformers' `PreTrainedConfig` is."""
+
+    def to_dict(self):
+        return V3_JSON
+
+
+def test_a_configuration_object_is_read():
+    assert from_hf(Configuration()) == bx.MoEConfig.deepseek_v3()
+    for other in (None, 3, object()):
+        with pytest.raises(TypeError, match="`source` must be a path, a dictionary or .*Got "):
+            from_hf(other)
+
+
+@pytest.mark.parametrize("key", SIZES_JSON)
 def test_missing_key_is_named(key):
-    config = {name: value for name, value in V4_FLASH_JSON.items() if name != key}
-    with pytest.raises(ValueError, match=f"`{key}`"):
-        from_hf(config)
+    with pytest.raises(ValueError, match=f"^config: .*`{key}`"):
+        from_hf(without(key))
 
 
 @pytest.mark.parametrize(
@@ -274,6 +359,7 @@ def test_missing_key_is_named(key):
     [
         ("topk_method", "group_limited_greedy", "topk_method"),
         ("hidden_act", "gelu", "hidden_act"),
+        ("scoring_func", "relu", "scoring_func"),
         ("mlp_layer_types", "hash_moe", "mlp_layer_types"),
     ],
 )
@@ -285,7 +371,6 @@ def test_unsupported_value_is_named(key, value, named):
 @pytest.mark.parametrize(
     "key, value, named",
     [
-        ("scoring_func", "relu", "score_function"),
         ("num_experts_per_tok", True, "num_experts_per_token"),
         ("swiglu_limit", math.nan, "limit"),
         ("swiglu_limit", True, "limit"),
@@ -313,7 +398,7 @@ def test_bad_files_name_the_path(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(FileNotFoundError, match="config.json"):
         from_hf(tmp_path)
-    for text, message in [("{", "not valid JSON"), ("[1]", "JSON object"), ("{}", "`hidden_size`")]:
+    for text, message in [("{", "not valid JSON"), ("[1]", "JSON object"), ("{}", "`model_type`")]:
         path.write_text(text)
         with pytest.raises(ValueError, match=f"config.json: .*{message}"):
             from_hf(path)

@@ -55,7 +55,8 @@ CONFIGS = (
         **{"vocab_size": 129280, "swiglu_limit": None, "gate_temp": 1.0},
     },
     {
-        **{"hidden_size": 32, "moe_intermediate_size": 16, "num_local_experts": 8},
+        **{"model_type": "deepseek_v4", "hidden_size": 32, "moe_intermediate_size": 16},
+        **{"num_local_experts": 8},
         **{"num_experts_per_tok": 2, "scoring_func": "sqrtsoftplus", "vocab_size": 256},
         **{"mlp_layer_types": ["hash_moe", "moe"], "num_hash_layers": 1, "swiglu_limit": 10.0},
         **{"routed_scaling_factor": 1.5},

@@ -10,6 +10,13 @@ from hazard_inputs import layer, route
 
 import braidax as bx
 
+
+class Tensor:
+    """Of torch: it has a shape and a dtype, which JAX cannot interpret."""
+
+    shape, dtype = (2, 6, HIDDEN), "torch.float32"
+
+
 IDS = jnp.zeros((2, 6), jnp.int32)
 HIDDEN_STATES = jnp.zeros((2, 6, HIDDEN))
 # What the two kinds of router refuse alike, then what only a router that looks at ids does.
@@ -21,6 +28,12 @@ ANY_ROUTER = {
         {},
         TypeError,
         "`hidden_states` must be an array.*list",
+    ),
+    "an array of torch": (
+        (Tensor(), IDS),
+        {},
+        TypeError,
+        "`hidden_states` must be an array. Got a Tensor: .*from_dlpack",
     ),
     "integers": ((HIDDEN_STATES.astype(jnp.int32), IDS), {}, TypeError, "floating-point.*int32"),
     "a mask of numbers": (

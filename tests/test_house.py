@@ -28,6 +28,7 @@ RANKS = (
         "_functions",
         "_text",
         "_mesh",
+        "_atomic_file",
         "_balanced_table",
         "_families",
         "_scoring",

@@ -1,7 +1,11 @@
 """Every released layout becomes a block with the numbers that its bits say."""
 
+import ast
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import checkpoints
 import equinox as eqx
@@ -134,6 +138,33 @@ def test_bias_beside_a_table_and_image_bias_are_left_out_with_a_warning(tmp_path
     assert_equal_bits(moe, numbers, np.dtype(np.float32))
 
 
+CALLS = """
+import sys, warnings
+import braidax as bx
+from braidax._checkpoint.index import StoredTensors
+
+warnings.simplefilter("always")
+stored, prefix = StoredTensors(sys.argv[1]), "layers.1.ffn."
+tensors = {name.removeprefix(prefix): stored[name].read() for name in stored.files}
+with warnings.catch_warnings(record=True) as caught:
+    bx.load_moe(sys.argv[1], 1)
+    bx.Checkpoint(sys.argv[1]).moe(1)
+    bx.from_state_dict(bx.MoEConfig.from_hf(sys.argv[1]), 1, tensors, dtype="bfloat16")
+print([(warning.filename, warning.lineno) for warning in caught])
+"""
+
+
+def test_a_warning_points_at_the_callers_line(tmp_path):
+    """In a process of its own: the import hook of the tests puts frames between."""
+    layout = LAYOUTS["transformers, upstream names, bfloat16"]._replace(prefix="")
+    bias = np.ones(EXPERTS, np.float32)
+    write(tmp_path, layout, 1, lambda tensors: tensors.update({"layers.1.ffn.gate.bias": bias}))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", CALLS, str(tmp_path)]
+    output = subprocess.run(command, env=environment, check=True, capture_output=True).stdout
+    assert ast.literal_eval(output.decode()) == [("<string>", line) for line in (10, 11, 12)]
+
+
 PREFIX = f"layers.{SCORED}.ffn."
 W1 = f"{PREFIX}experts.0.w1"
 
@@ -175,7 +206,7 @@ MISTAKES = {
         _set(f"{PREFIX}shared_experts.w1.scale", np.full((1, 2), np.inf, np.float32)),
         f"{PREFIX}shared_experts.w1.scale",
         "be finite",
-        "infinity",
+        r"inf at \[0, 0\]",
     ),
     "scale of another shape": (
         _set(f"{W1}.scale", np.zeros((128, 4), np.uint8)),

@@ -204,8 +204,8 @@ def test_packing_takes_the_bytes_of_the_file(tmp_path):
     file = StoredTensors(path)
     w3 = f"layers.{SCORED}.ffn.experts.2.w3"
     half = experts.gate_up.payload.shape[1] // 2
-    assert np.array_equal(experts.gate_up.payload[2, half:].ravel(), file.raw(f"{w3}.weight"))
-    assert np.array_equal(experts.gate_up.scale[2, half:].ravel(), file.raw(f"{w3}.scale"))
+    assert np.array_equal(experts.gate_up.payload[2, half:].ravel(), file[f"{w3}.weight"].raw())
+    assert np.array_equal(experts.gate_up.scale[2, half:].ravel(), file[f"{w3}.scale"].raw())
 
 
 @pytest.mark.parametrize(

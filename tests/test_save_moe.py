@@ -60,8 +60,8 @@ def test_a_release_is_written_back_in_its_own_names_and_bytes(tmp_path):
     same = [name for name in after.files if ".experts." in name or name.endswith("gate.bias")]
     assert len(same) == 6 * EXPERTS + 1
     for name in same:
-        assert after.entry(name)[:2] == before.entry(name)[:2]
-        assert after.raw(name).tobytes() == before.raw(name).tobytes()
+        assert after[name][2:4] == before[name][2:4]
+        assert after[name].raw().tobytes() == before[name].raw().tobytes()
 
 
 @pytest.mark.parametrize("quantization, dtype", [("fp4", "I8"), ("fp8", "F8_E4M3")])
@@ -72,9 +72,9 @@ def test_quantization(tmp_path, quantization, dtype):
     bx.save_moe(path, moe, SCORED, quantization=quantization)
     file = StoredTensors(path)
     stem = f"layers.{SCORED}.ffn"
-    assert file.entry(f"{stem}.experts.0.w2.weight").dtype == dtype
-    assert file.entry(f"{stem}.shared_experts.w2.weight").dtype == "F8_E4M3"
-    assert file.entry(f"{stem}.experts.0.w2.scale").dtype == "F8_E8M0"
+    assert file[f"{stem}.experts.0.w2.weight"].dtype == dtype
+    assert file[f"{stem}.shared_experts.w2.weight"].dtype == "F8_E4M3"
+    assert file[f"{stem}.experts.0.w2.scale"].dtype == "F8_E8M0"
     found = load(path, SCORED, "float32")
     # Relative to the largest of a block: FP4 steps by 2 of 4 to 6, FP8 by 32 of 256 to 448.
     bounds = {"I8": 1 / 4, "F8_E4M3": 16 / 256}

@@ -292,8 +292,35 @@ def test_refused_arguments(unchecked):
         bx.from_state_dict(CONFIG, LEARNED, None)
     with pytest.raises(TypeError, match="`tensors` must map names to arrays. Got the name 3"):
         bx.from_state_dict(CONFIG, LEARNED, {**numbered(LEARNED), 3: np.zeros(1)})
-    with pytest.raises(TypeError, match="`gate.weight` must be an array that numpy can read"):
+    with pytest.raises(
+        TypeError, match="`gate.weight` must be an array that numpy or DLPack can read"
+    ):
         bx.from_state_dict(CONFIG, LEARNED, {**numbered(LEARNED), "gate.weight": Unreadable()})
+
+
+class Lent:
+    """As torch's bfloat16: numpy cannot read it, DLPack can."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_arrays_that_only_dlpack_can_read():
+    tensors = numbered(LEARNED)
+    lent = {name: Lent(jnp.asarray(tensor, jnp.bfloat16)) for name, tensor in tensors.items()}
+    found = bx.to_state_dict(bx.from_state_dict(CONFIG, LEARNED, lent))
+    for name, tensor in tensors.items():
+        wanted = tensor.astype(jnp.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(found[name], wanted, err_msg=name)
 
 
 class Unreadable:

@@ -1,5 +1,6 @@
 """Argument checks. Each raises `TypeError` or `ValueError`, which names the argument."""
 
+import contextlib
 import math
 import numbers
 import operator
@@ -82,12 +83,15 @@ def at_least_int32(array: Any) -> Any:
 
 def array_kind(name: str, value: Any, kind: Any, hint: str = "") -> None:
     """`value` is an array or a number of a `kind` of dtype, a key of `_KINDS`."""
-    if not (hasattr(value, "dtype") or isinstance(value, numbers.Number)):
+    dtype = None
+    if hasattr(value, "dtype") or isinstance(value, numbers.Number):
+        with contextlib.suppress(TypeError):  # an array of torch
+            dtype = jnp.result_type(value)
+    if dtype is None:
         raise TypeError(
             f"`{name}` must be an array. Got a {type(value).__name__}: convert it by "
-            "`jax.numpy.asarray`."
+            "`jax.numpy.asarray` or `jax.numpy.from_dlpack`."
         )
-    dtype = jnp.result_type(value)
     if not jnp.issubdtype(dtype, kind):
         raise TypeError(f"`{name}` must have {_KINDS[kind]}. Got {dtype}.{hint}")
 

@@ -2,8 +2,7 @@
 
 import dataclasses
 import enum
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -105,26 +104,28 @@ class MoEConfig:
         return integer("layer_idx", layer_idx, 0) < num_hash_layers
 
     @classmethod
-    def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> "MoEConfig":
-        """Read a Hugging Face `config.json`.
+    def from_hf(cls, source: Any) -> "MoEConfig":
+        """Read a Hugging Face configuration by its `model_type`.
 
-        `source` is its path, its folder, or the parsed dictionary. A nested `text_config`
-        (DeepSeek-V4.1) wins over the keys around it. A `swiglu_limit` that is null or not positive
-        is no clamp, and null groups are one group, as in DeepSeek's code.
+        `source` is the path of a `config.json`, its folder, the parsed dictionary, or a
+        configuration object of transformers. The keys of a nested `text_config` win over the keys
+        around it. A key that is missing, or null, means what it means to the code of that
+        `model_type`. A `swiglu_limit` that is not positive is no clamp.
 
-        **Raises:** `FileNotFoundError` for a missing file and `ValueError`, naming file and key,
-        for anything in it that is missing, contradictory or not supported. Values out of range are
-        errors when a layer is built of them.
+        **Raises:** `FileNotFoundError` for a missing file and `TypeError` for another `source`.
+        `ValueError`, naming file and key, for an unknown `model_type`, and for anything that is
+        missing, contradictory or not supported. Values out of range are errors when a layer is
+        built of them.
 
-        **Source:** the released `config.json` of each model; `mlp_layer_types` and
-        `num_local_experts` are transformers' (`models/deepseek_v4`).
+        **Source:** the released `config.json` of each model, and the `configuration_*.py` of
+        transformers 5.23.
 
         **Example:**
 
             >>> import braidax as bx
-            >>> bx.MoEConfig.from_hf({"hidden_size": 64, "moe_intermediate_size": 32,
-            ...     "n_routed_experts": 8, "num_experts_per_tok": 2, "vocab_size": 256,
-            ...     "scoring_func": "sqrtsoftplus", "mlp_layer_types": ["hash_moe", "moe"],
+            >>> bx.MoEConfig.from_hf({"model_type": "deepseek_v4", "hidden_size": 64,
+            ...     "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2,
+            ...     "vocab_size": 256, "mlp_layer_types": ["hash_moe", "moe"],
             ... }).num_hash_layers
             1
         """

@@ -17,7 +17,7 @@ from whole_model import HASH_LAYERS, LAYERS, make_model
 import braidax as bx
 from braidax._checkpoint.dequantize import decode_blocks, decode_fp4
 from braidax._checkpoint.dtypes import DTYPES
-from braidax._checkpoint.safetensors_reader import SafetensorsFile
+from braidax._checkpoint.safetensors_reader import read_header
 from braidax._checkpoint.safetensors_writer import write_safetensors
 
 CODES = np.broadcast_to(np.arange(256, dtype=np.uint8), (255, 256)).copy()
@@ -124,15 +124,15 @@ def test_files_of_the_safetensors_package(tmp_path):
     tensors = {name: bits.clone().view(dtype).reshape(2, -1) for name, dtype in types.items()}
     tensors |= {"BOOL": bits > 99, "scalar": torch.tensor(3), "empty": torch.zeros(0, 3)}
     save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-    file = SafetensorsFile(tmp_path / "theirs.safetensors")
-    assert file.metadata == {"format": "pt"} and file.entries.keys() == tensors.keys()
-    arrays = {name: file.read(name) for name in tensors}
+    file = read_header(tmp_path / "theirs.safetensors")
+    assert file.keys() == tensors.keys()
+    arrays = {name: file[name].read() for name in tensors}
     for name, tensor in tensors.items():
         assert arrays[name].shape == tuple(tensor.shape)
         assert arrays[name].dtype == DTYPES.get(name, arrays[name].dtype)
         raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         assert arrays[name].tobytes() == raw.tobytes()
-    write_safetensors(tmp_path / "ours.safetensors", arrays, metadata=file.metadata)
+    write_safetensors(tmp_path / "ours.safetensors", arrays)
     with safe_open(tmp_path / "ours.safetensors", "pt") as again:
         assert again.metadata() == {"format": "pt"}
     found = load_file(tmp_path / "ours.safetensors")
@@ -146,10 +146,10 @@ def test_files_of_the_safetensors_package(tmp_path):
 def test_fp4_of_the_safetensors_package(tmp_path):
     codes = np.arange(32, dtype=np.uint8).reshape(2, 16)
     save_file({"x": to_torch(codes, torch.float4_e2m1fn_x2)}, tmp_path / "theirs.safetensors")
-    file = SafetensorsFile(tmp_path / "theirs.safetensors")
-    entry, array = file.entry("x"), file.read("x")
+    file = read_header(tmp_path / "theirs.safetensors")
+    entry, array = file["x"], file["x"].read()
     assert (entry.dtype, entry.shape, array.shape) == ("F4", (2, 32), (2, 32))
-    assert file.raw("x").tobytes() == codes.tobytes()
+    assert file["x"].raw().tobytes() == codes.tobytes()
     write_safetensors(tmp_path / "ours.safetensors", {"x": array})
     found = load_file(tmp_path / "ours.safetensors")["x"]
     assert found.dtype == torch.float4_e2m1fn_x2
@@ -194,7 +194,7 @@ def saved_by_us(folder, model, quantization=None):
         moe = bx.from_state_dict(config, layer_idx, reference_tensors(model, layer_idx))
         shard = folder / f"layer-{layer_idx}.safetensors"
         bx.save_moe(shard, moe, layer_idx, quantization=quantization)
-        weight_map |= dict.fromkeys(SafetensorsFile(shard).entries, shard.name)
+        weight_map |= dict.fromkeys(read_header(shard), shard.name)
         layers.append(moe)
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -8,11 +8,12 @@ from jaxtyping import DTypeLike
 
 from .._config import MoEConfig
 from .._families import DEEPSEEK
+from .._families.family import Layers
 from .._moe import RoutedAndSharedMoE, RoutedMoE
 from .counting import count_checkpoint
 from .index import StoredTensors
+from .layer import NamedLayer, find_layer
 from .load import build_moe
-from .names import find_layer, names_by_layer
 from .summary import CheckpointSummary
 
 
@@ -52,8 +53,14 @@ class Checkpoint:
         self._tensors = StoredTensors(path)
 
     @functools.cached_property
-    def _names(self) -> dict[int, dict[str, list[str]]]:
-        return names_by_layer(self._tensors.files, DEEPSEEK)
+    def _layers(self) -> Layers:
+        return DEEPSEEK.layers_of(self._tensors.files)
+
+    def _layer(self, layer_idx: int, config: MoEConfig | None) -> tuple[NamedLayer, MoEConfig, int]:
+        if config is None:
+            config = MoEConfig.from_hf(self._tensors.folder)
+        layer_idx = operator.index(layer_idx)
+        return find_layer(self._tensors, DEEPSEEK, self._layers, layer_idx), config, layer_idx
 
     def moe(
         self,
@@ -82,10 +89,7 @@ class Checkpoint:
         **Warns:** for a tensor that the layer does not compute with: a bias for image tokens, a
         bias beside a table.
         """
-        if config is None:
-            config = MoEConfig.from_hf(self._tensors.folder)
-        names = find_layer(self._tensors, self._names, operator.index(layer_idx), DEEPSEEK)
-        return build_moe(self._tensors, names, config, layer_idx, dtype)
+        return build_moe(*self._layer(layer_idx, config), dtype)
 
     def summary(self, layer_idx: int | None = None) -> CheckpointSummary:
         """Sizes, dtypes and routers of the checkpoint, or of layer `layer_idx` alone, as a table.
@@ -108,7 +112,7 @@ def load_moe(
 ) -> RoutedMoE | RoutedAndSharedMoE:
     """One layer of a checkpoint: `Checkpoint(path).moe(layer_idx, config=config, dtype=dtype)`.
 
-    **Raises:** as `Checkpoint` and `Checkpoint.moe`.
+    **Raises:** `FileNotFoundError`, `ValueError` and `TypeError`, as `Checkpoint.moe` does.
 
     **Source:** as for `Checkpoint`.
 
@@ -123,4 +127,5 @@ def load_moe(
         >>> loaded.routed.experts.down.dtype
         dtype(bfloat16)
     """
-    return Checkpoint(path).moe(layer_idx, config=config, dtype=dtype)
+    # Not by `Checkpoint.moe`: a warning points at the caller of what calls `build_moe`.
+    return build_moe(*Checkpoint(path)._layer(layer_idx, config), dtype)

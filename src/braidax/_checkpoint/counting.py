@@ -3,6 +3,7 @@
 import math
 import os
 import pathlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -12,12 +13,14 @@ import numpy as np
 from .._checks import positive_integer
 from .._config import MoEConfig
 from .._families import Family
-from .errors import mistake
 from .index import StoredTensors
 from .layer import read_table
-from .safetensors_reader import Entry
+from .safetensors_reader import StoredTensor
 from .stored_matrix import FP4_TYPES
 from .summary import CheckpointSummary, LayerSummary, TableStatistics
+
+# What only mixtures of experts have in the names of their tensors, of any family.
+_MIXTURE = re.compile("expert|moe|router")
 
 
 class _Count(NamedTuple):
@@ -37,51 +40,61 @@ def count_checkpoint(
         names = [name for name in names if name.startswith(starts)]
         if not names:
             found = f"{len(tensors.files)} other tensors"
-            raise mistake(tensors.source, what, "be in the checkpoint", found)
-    entries = {name: tensors.entry(name) for name in names}
-    counts = {name: _count(name, entry, entries, family) for name, entry in entries.items()}
+            raise tensors.mistake(what, "be in the checkpoint", found)
+    stored = {name: tensors[name] for name in names}
+    counts = _counts(stored, family)
     per_token, note = None, None
     try:
         per_token = MoEConfig.from_hf(tensors.folder).num_experts_per_token
         per_token = positive_integer("num_experts_per_token", per_token)
     except (FileNotFoundError, TypeError, ValueError) as error:
         note = f"experts per token only known for hash layers: {error}"
-    groups: dict[tuple[str, int], dict[str, str]] = {}
-    for name in entries:
-        place = family.place(name)
-        if place is not None:
-            groups.setdefault((place.layers, place.layer_idx), {})[name] = place.rest
-    layers = {
-        layer: _layer(tensors, family, layer, groups[layer], counts, per_token)
-        for layer in sorted(groups)
-    }
+    layers, unknown = [], {name for name in names if _MIXTURE.search(name)}
     prediction = f"{family.prediction_layers}."
-    active = sum(n.parameters for name, n in counts.items() if prediction not in name)
-    for (kind, _), layer in layers.items():
-        if kind == family.layers and active is not None:
+    active: int | None = sum(n.parameters for name, n in counts.items() if prediction not in name)
+    for (word, number), prefixes in sorted(family.layers_of(names).items()):
+        meanings = {
+            prefix + rest: family.meaning(rest)
+            for prefix, rests in prefixes.items()
+            for rest in rests
+            if rest not in family.ignored
+        }
+        predicts = word == family.prediction_layers  # with experts per token of its own
+        layer = _layer(
+            f"{word}.{number}", stored, counts, meanings, None if predicts else per_token
+        )
+        layers.append(layer)
+        unknown -= {name for name, meaning in meanings.items() if meaning is not None}
+        if not predicts and active is not None:
             active = None if layer.active is None else active + layer.active - layer.parameters
+    if unknown:
+        active, why = None, f"active parameters not known: no table has `{min(unknown)}`"
+        note = why if note is None else f"{note}; {why}"
     return CheckpointSummary(
         path=pathlib.Path(path),
         num_files=len({tensors.files[name] for name in names}),
-        num_tensors=len(entries),
+        num_tensors=len(names),
         num_bytes=_bytes(counts.values()),
         parameters=sum(count.parameters for count in counts.values()),
         active=active,
-        layers=tuple(layers.values()),
+        layers=tuple(layers),
         note=note,
     )
 
 
-def _count(name: str, entry: Entry, entries: Mapping[str, Entry], family: Family) -> _Count:
-    """What a tensor stores. Parameters are counted in numbers, of which FP4 packs two a byte."""
-    num_bytes, names = entry.stop - entry.start, entries.keys()
-    if not names.isdisjoint(family.scaled(name)):
-        return _Count(entry.dtype, num_bytes, 0)
-    if entry.dtype in FP4_TYPES:
-        stem = name.removesuffix(".weight")
-        if not names.isdisjoint([stem + ending for ending in family.scale_endings]):
-            return _Count("FP4", num_bytes, 2 * num_bytes)
-    return _Count(entry.dtype, num_bytes, math.prod(entry.shape) if "F" in entry.dtype else 0)
+def _counts(stored: Mapping[str, StoredTensor], family: Family) -> dict[str, _Count]:
+    """What each tensor stores. Parameters are counted in numbers, of which FP4 packs two a byte."""
+    counts, scales = {}, set()
+    for name, tensor in stored.items():
+        stem, num_bytes = name.removesuffix(".weight"), tensor.stop - tensor.start
+        own = [stem + ending for ending in family.scale_endings if stem + ending in stored]
+        scales.update(own)
+        if own and tensor.dtype in FP4_TYPES:
+            counts[name] = _Count("FP4", num_bytes, 2 * num_bytes)
+        else:
+            parameters = math.prod(tensor.shape) if "F" in tensor.dtype else 0
+            counts[name] = _Count(tensor.dtype, num_bytes, parameters)
+    return counts | {name: counts[name]._replace(parameters=0) for name in scales}
 
 
 def _bytes(counts: Iterable[_Count]) -> dict[str, int]:
@@ -93,32 +106,28 @@ def _bytes(counts: Iterable[_Count]) -> dict[str, int]:
 
 
 def _layer(
-    tensors: StoredTensors,
-    family: Family,
-    layer: tuple[str, int],
-    names: Mapping[str, str],
+    title: str,
+    stored: Mapping[str, StoredTensor],
     counts: Mapping[str, _Count],
+    meanings: Mapping[str, tuple[str, str] | None],
     per_token: int | None,
 ) -> LayerSummary:
-    """The tensors `names` of a layer, each with its own part of the name."""
-    title = "{}.{}".format(*layer)
-    parameters = sum(counts[name].parameters for name in names)
-    num_bytes = _bytes(counts[name] for name in names)
-    meanings = {name: family.meaning(rest) for name, rest in names.items()}
-    known = {meaning: name for name, meaning in meanings.items()}
-    if ("gate.weight", "weight") not in known:
-        return LayerSummary(title, "dense", 0, None, num_bytes, parameters, parameters, None)
-    gate = known["gate.weight", "weight"]
-    shape = tensors.entry(gate).shape
-    if len(shape) != 2:
-        raise mistake(tensors.where(gate), gate, "have shape (experts, hidden)", shape)
-    num_experts, table = shape[0], None
-    if ("table", "weight") in known:
-        array = read_table(tensors, known["table", "weight"], num_experts)
-        table, per_token = _table_statistics(array, num_experts), array.shape[1]
-    elif layer[0] == family.prediction_layers:
-        per_token = None  # may differ from the model's
-    active = None
+    """The layer whose tensors have `meanings`."""
+    parameters = sum(counts[name].parameters for name in meanings)
+    num_bytes = _bytes(counts[name] for name in meanings)
+    known = {meaning: stored[name] for name, meaning in meanings.items() if meaning is not None}
+    gate, table = known.get(("gate.weight", "weight")), known.get(("table", "weight"))
+    if gate is None:
+        is_dense = not any(map(_MIXTURE.search, meanings))
+        router, active = ("dense", parameters) if is_dense else ("?", None)
+        return LayerSummary(title, router, 0, None, num_bytes, parameters, active, None)
+    if len(gate.shape) != 2:
+        raise gate.mistake("have shape (experts, hidden)", gate.shape)
+    num_experts, router, statistics, active = gate.shape[0], "top-k", None, None
+    if table is not None:
+        array = read_table(table, num_experts)
+        router, per_token = "hash", array.shape[1]
+        statistics = _table_statistics(array, num_experts)
     if per_token is not None and num_experts:
         in_experts = sum(
             counts[name].parameters
@@ -126,8 +135,9 @@ def _layer(
             if meaning is not None and meaning[0].startswith("experts.")
         )
         active = parameters - in_experts + in_experts * per_token // num_experts
-    router = "top-k" if table is None else "hash"
-    return LayerSummary(title, router, num_experts, per_token, num_bytes, parameters, active, table)
+    return LayerSummary(
+        title, router, num_experts, per_token, num_bytes, parameters, active, statistics
+    )
 
 
 def _table_statistics(table: np.ndarray, num_experts: int) -> TableStatistics:

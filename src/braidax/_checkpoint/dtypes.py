@@ -32,14 +32,6 @@ DTYPES: dict[str, np.dtype] = {
 NAMES: dict[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def narrowed(array: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
-    """`array` in `dtype`, or None if a finite number became infinite."""
-    # A signalling NaN is as good as any other, and no reason to warn.
-    with np.errstate(over="ignore", invalid="ignore"):
-        result = array.astype(dtype, copy=False)
-        return None if (np.isinf(result) & np.isfinite(array)).any() else result
-
-
 def stored_bytes(array: np.ndarray) -> np.ndarray:
     """The bytes of `array` as a file holds them, two 4-bit numbers in one: uint8, one axis."""
     array = np.ascontiguousarray(array)

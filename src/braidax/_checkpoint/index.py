@@ -1,14 +1,11 @@
 """The tensors of one file, or of a folder of shards, by name."""
 
-import json
 import os
 import pathlib
-from collections.abc import Iterable
-
-import numpy as np
+from collections.abc import Mapping
 
 from .errors import mistake
-from .safetensors_reader import Entry, SafetensorsFile, unique_keys
+from .safetensors_reader import StoredTensor, parsed_json, read_header
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 _SUFFIX = ".safetensors"
@@ -35,100 +32,74 @@ class StoredTensors:
         that two files without an index both hold.
         """
         path = pathlib.Path(path)
-        self.folder = path if path.is_dir() else path.parent
-        self._shards: dict[pathlib.Path, SafetensorsFile] = {}
-        index = _find_index(path)
-        self.source = path if index is None else index
-        if index is None:
-            self.files = self._names_of(_find_files(path))
-        else:
-            self.files = _read_index(index)
+        self.source, self.folder = path, path if path.is_dir() else path.parent
+        self._shards: dict[pathlib.Path, Mapping[str, StoredTensor]] = {}
+        indices = sorted(path.glob(f"*{_INDEX_SUFFIX}")) if path.is_dir() else []
+        if len(indices) > 1:
+            must = "end the name of at most one file: give its path"
+            found = ", ".join(index.name for index in indices)
+            raise mistake(path, _INDEX_SUFFIX, must, found)
+        if indices or path.name.endswith(_INDEX_SUFFIX):
+            self.source = indices[0] if indices else path
+            self.files = _read_index(self.source)
+            return
+        shards = sorted(path.glob(f"*{_SUFFIX}")) if path.is_dir() else [path]
+        if not shards:
+            raise FileNotFoundError(f"There is no {_SUFFIX} file in {path}.")
+        self.files = {}
+        for shard in shards:
+            self._shards[shard] = read_header(shard)
+            for name, tensor in self._shards[shard].items():
+                if name in self.files:
+                    other = self.files[name].name
+                    must = f"lie in one file only, for lack of an index, not in {other}"
+                    raise tensor.mistake(must, "it here too")
+                self.files[name] = shard
 
     @classmethod
-    def of_file(cls, file: SafetensorsFile) -> "StoredTensors":
-        """The tensors of one file that is open."""
-        tensors = cls.__new__(cls)
-        tensors.source = tensors.folder = file.path
-        tensors._shards = {file.path: file}
-        tensors.files = dict.fromkeys(file.entries, file.path)
-        return tensors
+    def in_memory(cls, name: str, tensors: Mapping[str, StoredTensor]) -> "StoredTensors":
+        """Tensors that are no file; errors call them `name`."""
+        self = cls.__new__(cls)
+        self.source = self.folder = pathlib.Path(name)
+        self.files, self._shards = dict.fromkeys(tensors, self.source), {self.source: tensors}
+        return self
 
-    def entry(self, name: str) -> Entry:
-        """Dtype, shape and place of a tensor, from its shard's header."""
-        return self._shard(name).entry(name)
+    def __getitem__(self, name: str) -> StoredTensor:
+        """A tensor, by what its shard's header says.
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor, memory-mapped: see `SafetensorsFile.read`."""
-        return self._shard(name).read(name)
-
-    def raw(self, name: str) -> np.ndarray:
-        """The bytes of a tensor: see `SafetensorsFile.raw`."""
-        return self._shard(name).raw(name)
-
-    def where(self, name: str) -> pathlib.Path:
-        """The file of a tensor, or what should have listed it."""
-        return self.files.get(name, self.source)
-
-    def _shard(self, name: str) -> SafetensorsFile:
+        **Raises:** `ValueError` if it or its shard is not there, or if the shard is damaged."""
         if name not in self.files:
-            raise mistake(self.source, name, "be listed", f"{len(self.files)} other tensors")
+            raise self.mistake(name, "be listed", f"{len(self.files)} other tensors")
         path = self.files[name]
         if path not in self._shards:
             if not path.is_file():
                 raise mistake(self.source, name, f"lie in the shard {path.name}", "no file")
-            self._shards[path] = SafetensorsFile(path)
-        return self._shards[path]
+            self._shards[path] = read_header(path)
+        shard = self._shards[path]
+        if name not in shard:
+            raise self.mistake(name, "be in the file", f"{len(shard)} other tensors")
+        return shard[name]
 
-    def _names_of(self, paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
-        files: dict[str, pathlib.Path] = {}
-        for path in paths:
-            self._shards[path] = SafetensorsFile(path)
-            for name in self._shards[path].entries:
-                if name in files:
-                    must = f"lie in one file only, for lack of an index, not in {files[name].name}"
-                    raise mistake(path, name, must, "it here too")
-                files[name] = path
-        return files
-
-
-def _find_index(path: pathlib.Path) -> pathlib.Path | None:
-    if not path.is_dir():
-        return path if path.name.endswith(_INDEX_SUFFIX) else None
-    found = sorted(path.glob(f"*{_INDEX_SUFFIX}"))
-    if len(found) > 1:
-        names = ", ".join(index.name for index in found)
-        raise mistake(path, _INDEX_SUFFIX, "end the name of at most one file: give its path", names)
-    return found[0] if found else None
-
-
-def _find_files(path: pathlib.Path) -> list[pathlib.Path]:
-    found = sorted(path.glob(f"*{_SUFFIX}")) if path.is_dir() else [path]
-    if not found:
-        raise FileNotFoundError(f"There is no {_SUFFIX} file in {path}.")
-    return found
+    def mistake(self, name: str, must: str, got: object) -> ValueError:
+        """The error to raise about a tensor: it names its file, or what should have listed it."""
+        return mistake(self.files.get(name, self.source), name, must, got)
 
 
 def _read_index(path: pathlib.Path) -> dict[str, pathlib.Path]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file at {path}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise mistake(path, "index", "be JSON with unique keys", error) from error
-    shards = content.get("weight_map") if isinstance(content, dict) else None
+    shards = parsed_json(path, "index", path.read_bytes()).get("weight_map")
     if not isinstance(shards, dict):
         raise mistake(path, "weight_map", "map tensors to files", type(shards).__name__)
     # Thousands of tensors share a shard: each path is made once.
     paths: dict[str, pathlib.Path] = {}
-    files = {}
     for name, shard in shards.items():
         if not isinstance(shard, str) or not _is_plain(shard):
             must = f"lie in a plain {_SUFFIX} file beside the index"
             raise mistake(path, name, must, repr(shard))
         if shard not in paths:
             paths[shard] = path.parent / shard
-        files[name] = paths[shard]
-    return files
+    return {name: paths[shard] for name, shard in shards.items()}
 
 
 def _is_plain(shard: str) -> bool:

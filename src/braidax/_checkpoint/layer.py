@@ -1,45 +1,100 @@
-"""The tensors of one layer, checked against the configuration; their data are not yet read."""
+"""The tensors of one layer: which they are, and that the configuration asks for them."""
 
-import warnings
+from typing import NamedTuple
 
 import numpy as np
 
 from .. import hash_tables
 from .._config import MoEConfig
-from .dtypes import narrowed
+from .._families import Family
+from .._families.family import Layers
 from .errors import mistake
 from .index import StoredTensors
-from .leaves import MATRICES
-from .names import LayerNames
-from .stored_matrix import FLOATS, StoredMatrix, stored_matrix
-
-# For each expert the matrices whose rows, one after the other, are its own.
-Stack = tuple[tuple[StoredMatrix, ...], ...]
+from .safetensors_reader import StoredTensor
+from .stored_matrix import FLOATS
 
 
-def check_layer(
-    tensors: StoredTensors, names: LayerNames, config: MoEConfig, layer_idx: int
-) -> None:
-    """The layer has every tensor that the configuration asks for, and no other.
+class NamedLayer(NamedTuple):
+    """The tensors of one layer, each called `prefix` and one of `names`."""
 
-    A tensor that the layer does not compute with is taken out of `names`, with a warning.
+    tensors: StoredTensors
+    family: Family
+    prefix: str
+    names: list[str]
 
-    **Raises:** `ValueError` naming file and tensor.
+
+def find_layer(
+    tensors: StoredTensors, family: Family, layers: Layers, layer_idx: int
+) -> NamedLayer:
+    """Layer `layer_idx` of those in `layers`.
+
+    **Raises:** `ValueError` for a layer that is not there or has two prefixes.
     """
-    known, ignored = names.tensors, dict(names.ignored)
-    router = "table" if config.is_hash_layer(layer_idx) else "selection_bias"
-    if router == "table" and {"table", "selection_bias"} <= known.keys():
-        ignored[known.pop("selection_bias").weight] = "the hash table selects alone"
-    for name, why in ignored.items():
-        warnings.warn(f"`{name}` is ignored: {why}.", stacklevel=4)
-    check_shape(tensors, known["gate.weight"].weight, (config.num_experts, config.hidden_size))
-    wanted = {"gate.weight", router}
-    is_stacked = not known.keys().isdisjoint({"experts.gate_up", "experts.down"})
-    if is_stacked:
-        wanted |= {"experts.gate_up", "experts.down"}
-    else:
-        experts = range(config.num_experts)
-        wanted |= {f"experts.{i}.{matrix}" for i in experts for matrix in ("gate", "up", "down")}
+    what, prefixes = f"{family.layers}.{layer_idx}", layers.get((family.layers, layer_idx))
+    if prefixes is None:
+        numbers = [number for word, number in layers if word == family.layers]
+        found = f"the layers {min(numbers)} to {max(numbers)}" if numbers else "no layer at all"
+        must = f"be in the checkpoint, with an {' or '.join(family.blocks)}"
+        raise tensors.mistake(what, must, found)
+    (prefix, names), *others = prefixes.items()
+    if others:
+        path, found = tensors.files[prefix + names[0]], " and ".join(sorted(prefixes))
+        raise mistake(path, what, "have one prefix", found)
+    return NamedLayer(tensors, family, prefix, names)
+
+
+def known_tensors(
+    layer: NamedLayer, config: MoEConfig, layer_idx: int
+) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, str]]:
+    """The `"weight"` of each of `Family.spellings`, with its `"scale"`, if it has one.
+
+    The second answer says why the layer does not compute with a tensor.
+
+    **Raises:** `ValueError` naming file and tensor, unless the layer has every tensor that the
+    configuration asks for, in one spelling, and no other.
+    """
+    tensors, family, prefix, names = layer
+    meanings = {name: family.meaning(name) for name in names if name not in family.ignored}
+    ignored = {prefix + name: why for name, why in family.ignored.items() if name in names}
+    if ("gate.weight", "weight") not in meanings.values():
+        found = f"a dense layer: {', '.join(sorted(names)[:4])}" if names else "nothing"
+        gate = prefix + family.released("gate.weight")
+        path = tensors.files[prefix + names[0]] if names else tensors.source
+        raise mistake(path, gate, "be there, in a layer of experts", found)
+    known: dict[str, dict[str, StoredTensor]] = {}
+    for rest, meaning in meanings.items():
+        tensor = tensors[prefix + rest]
+        if meaning is None:
+            raise tensor.mistake("have a known meaning", "a name in no table")
+        other = known.setdefault(meaning[0], {}).setdefault(meaning[1], tensor)
+        if other is not tensor:
+            raise tensor.mistake(f"be the only one of its kind, next to {other.name}", "both")
+    for parts in known.values():
+        if "weight" not in parts:
+            raise parts["scale"].mistake("scale a weight that is there", "no such weight")
+    if config.is_hash_layer(layer_idx) and {"table", "selection_bias"} <= known.keys():
+        ignored[known.pop("selection_bias")["weight"].name] = "the hash table selects alone"
+    _check_presence(layer, known, config, layer_idx)
+    return known, ignored
+
+
+def _check_presence(
+    layer: NamedLayer,
+    known: dict[str, dict[str, StoredTensor]],
+    config: MoEConfig,
+    layer_idx: int,
+) -> None:
+    gate = known["gate.weight"]["weight"]
+    check_shape(gate, (config.num_experts, config.hidden_size))
+    stacked = {"experts.gate_up", "experts.down"}
+    is_stacked = not stacked.isdisjoint(known)
+    experts = range(config.num_experts)
+    wanted = {"gate.weight", "table" if config.is_hash_layer(layer_idx) else "selection_bias"}
+    wanted |= (
+        stacked
+        if is_stacked
+        else {f"experts.{i}.{matrix}" for i in experts for matrix in ("gate", "up", "down")}
+    )
     if config.num_shared_experts:
         wanted |= {"shared.gate", "shared.up", "shared.down"}
     fields = {"experts": "num_experts", "shared": "num_shared_experts"}
@@ -47,69 +102,41 @@ def check_layer(
         field = fields.get(key.split(".")[0], "num_hash_layers")
         why = f"as the configuration has {field}={getattr(config, field)}"
         if key in known:
-            name = known[key].weight
             why = "beside stacked experts" if is_stacked and field == "num_experts" else why
-            raise mistake(tensors.where(name), name, f"not be there, {why}", "it")
-        path = tensors.where(known["gate.weight"].weight)
+            raise known[key]["weight"].mistake(f"not be there, {why}", "it")
+        missing = gate._replace(name=layer.prefix + layer.family.released(key))
         must = f"be there, in one of its spellings, {why}"
-        name = names.prefix + names.family.released(key)
-        raise mistake(path, name, must, f"{len(known)} other tensors")
+        raise missing.mistake(must, f"{len(known)} other tensors")
 
 
-def find_stack(
-    tensors: StoredTensors, names: LayerNames, name: str, shape: tuple[int, ...]
-) -> Stack:
-    """The stored matrices of a block's array, which is called `name` and has `shape`.
-
-    **Raises:** `ValueError` naming file and tensor: see `stored_matrix`."""
-    owner, kind = name.split(".")
-    *_, rows, columns = shape
-    size = (rows, columns) if kind == "gate_up" else (columns, rows)
-    if owner == "experts" and name in names.tensors:
-        size = (shape[0], len(MATRICES[kind]) * size[0], size[1])
-        matrix = stored_matrix(tensors, names.tensors[name], size)
-        return tuple((matrix.of_stack(index),) for index in range(shape[0]))
-    owners = ["shared"] if owner == "shared" else [f"experts.{i}" for i in range(shape[0])]
-    return tuple(
-        tuple(
-            stored_matrix(tensors, names.tensors[f"{owner}.{matrix}"], size)
-            for matrix in MATRICES[kind]
-        )
-        for owner in owners
-    )
-
-
-def read_floats(
-    tensors: StoredTensors, name: str, shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
+def read_floats(tensor: StoredTensor, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A tensor of the router in `dtype`.
 
     **Raises:** `ValueError` naming file and tensor, for another shape, integers and overflow."""
-    check_shape(tensors, name, shape)
-    stored = tensors.entry(name).dtype
-    if stored not in FLOATS:
-        raise mistake(tensors.where(name), name, f"have a dtype among {', '.join(FLOATS)}", stored)
-    array = tensors.read(name)
-    result = narrowed(array, dtype)
-    if result is None:
-        raise mistake(tensors.where(name), name, f"fit {dtype}", np.abs(array).max())
+    check_shape(tensor, shape)
+    if tensor.dtype not in FLOATS:
+        raise tensor.mistake(f"have a dtype among {', '.join(FLOATS)}", tensor.dtype)
+    array = tensor.read()
+    # A signalling NaN is as good as any other, and no reason to warn.
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = array.astype(dtype, copy=False)
+        if (np.isinf(result) & np.isfinite(array)).any():
+            raise tensor.mistake(f"fit {dtype}", np.abs(array).max())
     return result
 
 
-def read_table(tensors: StoredTensors, name: str, num_experts: int) -> np.ndarray:
+def read_table(tensor: StoredTensor, num_experts: int) -> np.ndarray:
     """A hash table, int32 (vocab, experts_per_token).
 
     **Raises:** `ValueError` naming file and tensor, for an expert out of range."""
+    table = tensor.read()
     try:
-        return hash_tables.from_array(tensors.read(name), num_experts)
+        return hash_tables.from_array(table, num_experts)
     except (TypeError, ValueError) as error:
-        must = f"be integers in [0, {num_experts})"
-        raise mistake(tensors.where(name), name, must, error) from error
+        raise tensor.mistake(f"be integers in [0, {num_experts})", error) from error
 
 
-def check_shape(tensors: StoredTensors, name: str, shape: tuple[int | None, ...]) -> None:
+def check_shape(tensor: StoredTensor, shape: tuple[int | None, ...]) -> None:
     """Raise `ValueError`, naming file and tensor, unless a tensor has `shape`."""
-    found = tensors.entry(name).shape
-    if found != shape:
-        must = f"have the configuration's shape {shape}"
-        raise mistake(tensors.where(name), name, must, found)
+    if tensor.shape != shape:
+        raise tensor.mistake(f"have the configuration's shape {shape}", tensor.shape)

@@ -36,16 +36,23 @@ def leaves(moe: Block) -> dict[str, Callable[[Block], Any]]:
     """How to get at each array of `moe`.
 
     **Raises:** `TypeError` unless `moe` is made of the parts that released names exist for."""
-    _check_parts(moe)
+    if not isinstance(moe, Block):
+        raise TypeError(
+            f"`moe` must be a `RoutedMoE` or `RoutedAndSharedMoE`. Got {type(moe).__name__}."
+        )
     routed, root = (moe, "") if isinstance(moe, RoutedMoE) else (moe.routed, "routed.")
-    own, path = _ROUTERS[type(routed.router)]
+    router = routed.router
+    _require(type(router) in _ROUTERS, f"{root}router", "a `HashRouter` or `TopKRouter`", router)
+    _require(router.gate.bias is None, f"{root}router.gate", "without a bias", router.gate)
+    _require_swiglu(f"{root}experts", routed.experts, Experts)
+    own, path = _ROUTERS[type(router)]
     paths = {"gate.weight": "router.gate.weight", own: path}
     paths |= {name: name for name in ("experts.gate_up", "experts.down")}
-    found: dict[str, Callable[[Block], Any]]
-    found = {name: attrgetter(root + path) for name, path in paths.items()}
-    if root:
-        found |= {name: attrgetter(name) for name in ("shared.gate_up", "shared.down")}
-    return found
+    paths = {name: root + path for name, path in paths.items()}
+    if not isinstance(moe, RoutedMoE):
+        _require_swiglu("shared", moe.shared, FeedForward)
+        paths |= {name: name for name in ("shared.gate_up", "shared.down")}
+    return {name: attrgetter(path) for name, path in paths.items()}
 
 
 def skeleton(config: MoEConfig, layer_idx: int, dtype: DTypeLike | None) -> Block:
@@ -72,27 +79,15 @@ def to_tensors(name: str, array: Any) -> dict[str, Any]:
     return {name: np.swapaxes(array, -1, -2) if name.endswith("down") else array}
 
 
-def _check_parts(moe: Block) -> None:
-    if not isinstance(moe, Block):
-        raise TypeError(
-            f"`moe` must be a `RoutedMoE` or `RoutedAndSharedMoE`. Got {type(moe).__name__}."
-        )
-    routed, root = (moe, "moe") if isinstance(moe, RoutedMoE) else (moe.routed, "moe.routed")
-    router = routed.router
-    _require(type(router) in _ROUTERS, f"{root}.router", "a `HashRouter` or `TopKRouter`", router)
-    _require(router.gate.bias is None, f"{root}.router.gate", "without a bias", router.gate)
-    networks: list[tuple[str, Any, type]] = [(f"{root}.experts", routed.experts, Experts)]
-    if not isinstance(moe, RoutedMoE):
-        networks.append(("moe.shared", moe.shared, FeedForward))
-    for name, network, known in networks:
-        has_names = type(network) is known and isinstance(network.activation, type(swiglu()))
-        has_names = has_names and network.gate_up_bias is None and network.down_bias is None
-        _require(has_names, name, f"`{known.__name__}` of SwiGLU without biases", network)
+def _require_swiglu(name: str, network: Any, kind: type) -> None:
+    has_names = type(network) is kind and isinstance(network.activation, type(swiglu()))
+    has_names = has_names and network.gate_up_bias is None and network.down_bias is None
+    _require(has_names, name, f"`{kind.__name__}` of SwiGLU without biases", network)
 
 
 def _require(condition: bool, name: str, must_be: str, found: object) -> None:
     if not condition:
         raise TypeError(
-            f"`{name}` must be {must_be}: only these have released names. "
+            f"`moe.{name}` must be {must_be}: only these have released names. "
             f"Got {one_line(repr(found))}."
         )

@@ -7,12 +7,12 @@ import json
 import math
 import os
 import pathlib
-import secrets
 from collections.abc import Callable, Mapping
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from .._atomic_file import replacing
 from .dtypes import DTYPES, NAMES, PACKED, size_in_bits, stored_bytes
 from .errors import mistake
 
@@ -32,10 +32,7 @@ class Lazy(NamedTuple):
 
 
 def write_safetensors(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, np.ndarray | Lazy],
-    *,
-    metadata: Mapping[str, str] | None = None,
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray | Lazy]
 ) -> None:
     """Write named arrays to `path`, replacing the file only once all is written.
 
@@ -47,7 +44,8 @@ def write_safetensors(
     path = pathlib.Path(path)
     lazy = {name: _lazy(path, name, tensor) for name, tensor in tensors.items()}
     ordered = sorted(lazy.items(), key=lambda item: (_ORDER[item[1].dtype], item[0]))
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    # The format of tensors that transformers asks for.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, tensor in ordered:
         size = _num_bytes(tensor)
@@ -56,20 +54,14 @@ def write_safetensors(
         position += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    # In the same folder: a rename does not cross file systems. A name that nobody else has, and
-    # that is made as any file is, with the permissions that the user's files get.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    with temporary.open("xb") as file:
-        try:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name, tensor in ordered:
-                _write(file, path, name, tensor)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink()
-            raise
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in ordered:
+            data, size = stored_bytes(tensor.make()), _num_bytes(tensor)
+            if data.nbytes != size:
+                must = f"be made of {size} bytes, {tensor.dtype} {list(tensor.shape)}"
+                raise mistake(path, name, must, f"{data.nbytes} bytes")
+            file.write(data.data)
 
 
 def _lazy(path: pathlib.Path, name: str, tensor: np.ndarray | Lazy) -> Lazy:
@@ -85,11 +77,3 @@ def _lazy(path: pathlib.Path, name: str, tensor: np.ndarray | Lazy) -> Lazy:
 
 def _num_bytes(tensor: Lazy) -> int:
     return math.prod(tensor.shape) * size_in_bits(tensor.dtype) // 8
-
-
-def _write(file: BinaryIO, path: pathlib.Path, name: str, tensor: Lazy) -> None:
-    data = stored_bytes(tensor.make())
-    if data.nbytes != _num_bytes(tensor):
-        must = f"be made of {_num_bytes(tensor)} bytes, {tensor.dtype} {list(tensor.shape)}"
-        raise mistake(path, name, must, f"{data.nbytes} bytes")
-    file.write(data.data)

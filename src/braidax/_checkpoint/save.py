@@ -1,7 +1,7 @@
 """`save_moe`: a block as the tensors of a released checkpoint."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -65,18 +65,6 @@ def save_moe(
     if quantization not in _QUANTIZATIONS:
         raise ValueError(f"`quantization` must be one of {_QUANTIZATIONS}. Got {quantization!r}.")
     arrays = {name: where(moe) for name, where in leaves(moe).items()}
-    _check_arrays(arrays, quantization)
-    tensors: dict[str, np.ndarray | Lazy] = {}
-    for name, array in arrays.items():
-        encoding = quantization if name.startswith("experts.") else quantization and "fp8"
-        for key, matrix in _released(name, array):
-            spelled = DEEPSEEK.released_prefix(layer_idx) + DEEPSEEK.released(key)
-            is_router = not key.startswith(("experts.", "shared."))
-            tensors |= _encoded(spelled, matrix, None if is_router else encoding)
-    write_safetensors(path, tensors, metadata={"format": "pt"})
-
-
-def _check_arrays(arrays: Mapping[str, Any], quantization: str | None) -> None:
     if quantization is not None and isinstance(arrays["experts.down"], PackedMatrices):
         raise ValueError(
             "`quantization` must be None for packed experts, which are quantized already. "
@@ -84,66 +72,76 @@ def _check_arrays(arrays: Mapping[str, Any], quantization: str | None) -> None:
         )
     if not np.isfinite(np.asarray(arrays.get("selection_bias", 0.0))).all():
         raise ValueError("`moe` must have a finite selection bias. Got NaN or infinity.")
-    shape = arrays["gate.weight"].shape
-    if len(shape) != 2:
+    if arrays["gate.weight"].ndim != 2:
         raise ValueError(
-            f"`moe` must be one layer, with a router of (experts, hidden). Got {shape}."
+            "`moe` must be one layer, with a router of (experts, hidden). "
+            f"Got {arrays['gate.weight'].shape}."
         )
+    prefix = f"{DEEPSEEK.prefixes[0]}{DEEPSEEK.layers}.{layer_idx}.{DEEPSEEK.blocks[0]}."
+    tensors: dict[str, np.ndarray | Lazy] = {}
+    for name, array in arrays.items():
+        owner = name.split(".")[0]
+        encoding = {"experts": quantization, "shared": quantization and "fp8"}.get(owner)
+        for key, matrix, scale in _one_by_one(name, array):
+            spelled = prefix + DEEPSEEK.released(key)
+            stem = spelled.removesuffix(".weight")
+            if scale is None and encoding is not None:
+                matrix, scale = _encoded(stem, matrix, encoding)
+            tensors[spelled] = matrix
+            if scale is not None:
+                tensors[stem + DEEPSEEK.scale_endings[0]] = scale
+    write_safetensors(path, tensors)
 
 
-def _released(name: str, array: Any) -> Iterator[tuple[str, Any]]:
-    """The tensors of an array, experts one by one; of packed ones, the weight and its scales."""
-    if isinstance(array, PackedMatrices):
-        payload, scale = np.asarray(array.payload), np.asarray(array.scale)
-        scale = scale.view(SCALE if scale.dtype == np.uint8 else np.float32)
-        # FP4 has no dtype of its own in the releases: I8, two numbers a byte.
-        number = np.dtype(array.number)
-        payload = payload.view(np.int8 if number == FLOAT4 else number)
-        scales = _one_by_one(name, scale)
-        for (key, weight), (_, rows) in zip(_one_by_one(name, payload), scales, strict=True):
-            yield key, (weight, rows[:: array.block[0]])
+def _one_by_one(name: str, array: Any) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+    """The tensors of an array by the library's names, experts one by one, and their scales."""
+    if not isinstance(array, PackedMatrices):
+        for key, tensor in to_tensors(name, np.asarray(array)).items():
+            if key == "selection_bias":
+                tensor = tensor.astype(np.float32)
+            for part, matrix in _matrices(key, tensor):
+                yield part, matrix, None
         return
-    for key, tensor in to_tensors(name, np.asarray(array)).items():
-        if key == "selection_bias":
-            tensor = tensor.astype(np.float32)
-        yield from _one_by_one(key, tensor) if key.startswith("experts.") else ((key, tensor),)
+    payload, scale = np.asarray(array.payload), np.asarray(array.scale)
+    scale = scale.view(SCALE if scale.dtype == np.uint8 else np.float32)
+    # FP4 has no dtype of its own in the releases: I8, two numbers a byte.
+    number = np.dtype(array.number)
+    weights = _matrices(name, payload.view(np.int8 if number == FLOAT4 else number))
+    for (part, weight), (_, rows) in zip(weights, _matrices(name, scale), strict=True):
+        yield part, weight, rows[:: array.block[0]]
 
 
-def _one_by_one(name: str, stack: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def _matrices(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The matrices of a stack, and anything else as it is."""
+    if not name.startswith("experts."):
+        yield name, array
+        return
     matrices = MATRICES[name.removeprefix("experts.")]
-    for expert, rows in enumerate(stack):
+    for expert, rows in enumerate(array):
         for matrix, part in zip(matrices, np.split(rows, len(matrices)), strict=True):
             yield f"experts.{expert}.{matrix}", part
 
 
-def _encoded(
-    name: str, matrix: np.ndarray | tuple[np.ndarray, np.ndarray], quantization: str | None
-) -> dict[str, np.ndarray | Lazy]:
-    """The tensors of a matrix, (size_out, size_in), that is called `name`."""
-    stem = name.removesuffix(".weight")
-    scale_name = stem + DEEPSEEK.scale_endings[0]
-    if isinstance(matrix, tuple):
-        return dict(zip((name, scale_name), matrix, strict=True))
-    if quantization is None:
-        return {name: matrix}
+def _encoded(name: str, matrix: np.ndarray, quantization: str) -> tuple[Lazy, Lazy]:
+    """A matrix (size_out, size_in) and its scales, `name` for messages."""
     size_out, size_in = matrix.shape
     if quantization == "fp4":
+        dtype, block, encode, size = "I8", (1, FP4_GROUP), encode_fp4, size_in // 2
         if size_in % FP4_GROUP:
             raise ValueError(
                 f"`moe` must have sizes in whole groups of {FP4_GROUP} for FP4. "
-                f"Got {stem}, {matrix.shape}."
+                f"Got {name}, {matrix.shape}."
             )
-        dtype, block, encode, size_in = "I8", (1, FP4_GROUP), encode_fp4, size_in // 2
     else:
-        dtype, block, encode = "F8_E4M3", FP8_BLOCK, encode_fp8
+        dtype, block, encode, size = "F8_E4M3", FP8_BLOCK, encode_fp8, size_in
 
     def encoded(which: int) -> np.ndarray:
         try:
             return encode(matrix)[which]
         except ValueError as error:
-            raise ValueError(f"{stem}: {error}") from error
+            raise ValueError(f"{name}: {error}") from error
 
-    return {
-        name: Lazy(dtype, (size_out, size_in), partial(encoded, 0)),
-        scale_name: Lazy("F8_E8M0", grid(matrix.shape, block), partial(encoded, 1)),
-    }
+    return (
+        Lazy(dtype, (size_out, size), partial(encoded, 0)),
+        Lazy("F8_E8M0", grid(matrix.shape, block), partial(encoded, 1)),
+    )

@@ -11,12 +11,12 @@ from jaxtyping import DTypeLike
 from .._config import MoEConfig
 from .._families import DEEPSEEK
 from .._moe import RoutedAndSharedMoE, RoutedMoE
-from .dtypes import NAMES, stored_bytes
+from .dtypes import NAMES
 from .index import StoredTensors
+from .layer import NamedLayer
 from .leaves import leaves, to_tensors
 from .load import build_moe
-from .names import layer_names
-from .safetensors_reader import Entry, SafetensorsFile
+from .safetensors_reader import StoredTensor
 
 
 def to_state_dict(moe: RoutedMoE | RoutedAndSharedMoE) -> dict[str, np.ndarray]:
@@ -54,7 +54,7 @@ def to_state_dict(moe: RoutedMoE | RoutedAndSharedMoE) -> dict[str, np.ndarray]:
             )
         for key, tensor in to_tensors(name, np.asarray(array)).items():
             # A copy: a view of a JAX array is read-only.
-            tensors[DEEPSEEK.in_transformers(key)] = np.array(tensor, order="C")
+            tensors[DEEPSEEK.spellings[key][-1]] = np.array(tensor, order="C")
     return tensors
 
 
@@ -86,36 +86,24 @@ def from_state_dict(
         >>> layer = bx.RoutedAndSharedMoE.from_config(bx.MoEConfig.tiny(), 2, key=jax.random.key(0))
         >>> layer = bx.from_state_dict(bx.MoEConfig.tiny(), 2, bx.to_state_dict(layer))
     """
-    given = StoredTensors.of_file(_GivenTensors(tensors))
-    names = layer_names(given, "", list(given.files), DEEPSEEK)
-    return build_moe(given, names, config, layer_idx, dtype)
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"`tensors` must map names to arrays. Got {type(tensors).__name__}.")
+    given = {name: _as_stored(name, tensor) for name, tensor in tensors.items()}
+    layer = NamedLayer(StoredTensors.in_memory("tensors", given), DEEPSEEK, "", list(given))
+    return build_moe(layer, config, layer_idx, dtype)
 
 
-class _GivenTensors(SafetensorsFile):
-    """Arrays in memory, read like the tensors of a file."""
-
-    def __init__(self, tensors: Mapping[str, Any]):
-        if not isinstance(tensors, Mapping):
-            raise TypeError(f"`tensors` must map names to arrays. Got {type(tensors).__name__}.")
-        self.path = pathlib.Path("tensors")
-        self._arrays = {name: _as_numpy(name, tensor) for name, tensor in tensors.items()}
-        self.entries = {
-            name: Entry(NAMES.get(array.dtype, str(array.dtype)), array.shape, 0, array.nbytes)
-            for name, array in self._arrays.items()
-        }
-
-    def read(self, name: str) -> np.ndarray:
-        return self._arrays[name]
-
-    def raw(self, name: str) -> np.ndarray:
-        return stored_bytes(self._arrays[name])
-
-
-def _as_numpy(name: Any, tensor: Any) -> np.ndarray:
+def _as_stored(name: Any, tensor: Any) -> StoredTensor:
     if not isinstance(name, str):
         raise TypeError(f"`tensors` must map names to arrays. Got the name {name!r:.60}.")
     try:
         array = np.asarray(tensor)
     except (TypeError, RuntimeError) as error:
-        raise TypeError(f"`{name}` must be an array that numpy can read: {error}") from error
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+        try:  # torch's bfloat16, which torch cannot hand to numpy
+            array = np.asarray(jax.numpy.from_dlpack(tensor))
+        except Exception:
+            must = "be an array that numpy or DLPack can read"
+            raise TypeError(f"`{name}` must {must}: {error}") from error
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    dtype = NAMES.get(array.dtype, str(array.dtype))
+    return StoredTensor(pathlib.Path("tensors"), name, dtype, array.shape, 0, array.nbytes, array)

@@ -4,7 +4,6 @@ The configuration is never asked. A `config.json` often keeps the dtype from bef
 was saved anew, and it never states the dtype of the scales.
 """
 
-import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,8 +12,7 @@ import numpy as np
 
 from .dequantize import FP4_GROUP, decode_blocks, decode_fp4
 from .dtypes import PACKED
-from .errors import mistake
-from .index import StoredTensors
+from .safetensors_reader import StoredTensor
 
 BLOCKS = ((128, 128), (32, 32), (1, 32))  # V3 and V4, V4.1, MXFP8
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -26,13 +24,6 @@ _SMALLEST_RANGE = 1e38  # of the dtypes that hold whatever was stored: not of fl
 STRIP = 128  # rows decoded at once: a multiple of every block's, and they stay in the cache
 
 
-class MatrixNames(NamedTuple):
-    """The tensor of a matrix and, if it has one, that of its scales."""
-
-    weight: str
-    scale: str | None
-
-
 class StoredMatrix(NamedTuple):
     """One matrix (size_out, size_in) in a checkpoint, or a stack of them.
 
@@ -41,49 +32,34 @@ class StoredMatrix(NamedTuple):
     is the place of one matrix in its stack. Only a single matrix can be read.
     """
 
-    tensors: StoredTensors
-    names: MatrixNames
+    weight: StoredTensor
+    scale: StoredTensor | None
     format: str
     shape: tuple[int, ...]
     block: tuple[int, int] | None
     index: int | None = None
 
-    @property
-    def path(self) -> pathlib.Path:
-        """The file that holds the weight."""
-        return self.tensors.where(self.names.weight)
-
-    def of_stack(self, index: int) -> "StoredMatrix":
-        """One matrix of a stack."""
-        return self._replace(shape=self.shape[1:], index=index)
-
     def payload(self) -> np.ndarray:
         """The weight as stored, memory-mapped: packed FP4 as bytes, (size_out, size_in / 2)."""
-        rows, columns = self.shape
-        if self.format == "fp4":
-            array, columns = self.tensors.raw(self.names.weight), columns // 2
-        else:
-            array = self.tensors.read(self.names.weight)
-        return array.reshape(-1, rows, columns)[self.index or 0]
+        is_fp4, (rows, columns) = self.format == "fp4", self.shape
+        array = self.weight.raw() if is_fp4 else self.weight.read()
+        return array.reshape(-1, rows, columns // 2 if is_fp4 else columns)[self.index or 0]
 
-    def scale(self) -> np.ndarray | None:
+    def scales(self) -> np.ndarray | None:
         """The scales, E8M0 as their raw bytes.
 
         **Raises:** `ValueError` for a scale that is not a number."""
-        name = self.names.scale
-        if name is None:
+        if self.scale is None:
             return None
-        array = self.tensors.read(name)
+        array = self.scale.read()
         array = array if self.index is None else array[self.index]
-        if array.dtype == np.float32:
-            if not np.isfinite(array).all():
-                raise mistake(self.tensors.where(name), name, "be finite", "NaN or infinity")
-            return array
-        array = array.view(np.uint8)
-        if (array == _E8M0_NAN).any():
-            place = [int(axis) for axis in np.argwhere(array == _E8M0_NAN)[0]]
-            found = f"byte 255, NaN, at {place}"
-            raise mistake(self.tensors.where(name), name, "hold E8M0 bytes up to 254", found)
+        if array.dtype != np.float32:
+            array = array.view(np.uint8)
+        wrong = array == _E8M0_NAN if array.dtype == np.uint8 else ~np.isfinite(array)
+        if wrong.any():
+            place = np.argwhere(wrong)[0].tolist()
+            found = f"{array[tuple(place)]} at {place}"
+            raise self.scale.mistake("be finite, as E8M0 bytes up to 254 are", found)
         return array
 
     def decoded(self, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
@@ -91,75 +67,59 @@ class StoredMatrix(NamedTuple):
 
         **Raises:** `ValueError` for numbers that `dtype` cannot hold. A dtype as wide as float32
         holds all, except stored numbers that become infinite in it."""
-        payload, scale = self.payload(), self.scale()
-        narrow = float(jnp.finfo(dtype).max) < _SMALLEST_RANGE
-        narrow |= payload.dtype == np.float64 and np.dtype(dtype) != np.float64
+        payload, scales, block = self.payload(), self.scales(), self.block
+        largest = float(jnp.finfo(dtype).max)
+        narrow = largest < _SMALLEST_RANGE or (payload.dtype == np.float64 and dtype != np.float64)
         for start in range(0, payload.shape[0], STRIP):
             rows = slice(start, min(start + STRIP, payload.shape[0]))
-            numbers = self._decoded_rows(payload, scale, rows, dtype)
+            if scales is None or block is None:
+                with np.errstate(over="ignore"):
+                    numbers = payload[rows].astype(dtype)
+            else:
+                strip = scales[rows.start // block[0] : -(-rows.stop // block[0])]
+                if self.format == "fp4":
+                    numbers = decode_fp4(payload[rows], strip, dtype)
+                else:
+                    numbers = decode_blocks(payload[rows], strip, block, dtype)
             if narrow and np.isinf(numbers).any():
-                found = f"numbers beyond {float(jnp.finfo(dtype).max):g}"
-                raise mistake(self.path, self.names.weight, f"fit {dtype}", found)
+                raise self.weight.mistake(f"fit {dtype}", f"numbers beyond {largest:g}")
             yield rows, numbers
-
-    def _decoded_rows(
-        self, payload: np.ndarray, scale: np.ndarray | None, rows: slice, dtype: np.dtype
-    ) -> np.ndarray:
-        if scale is None or self.block is None:
-            with np.errstate(over="ignore"):
-                return payload[rows].astype(dtype)
-        height = self.block[0]
-        scale = scale[rows.start // height : -(-rows.stop // height)]
-        if self.format == "fp4":
-            return decode_fp4(payload[rows], scale, dtype)
-        return decode_blocks(payload[rows], scale, self.block, dtype)
 
 
 def stored_matrix(
-    tensors: StoredTensors, names: MatrixNames, shape: tuple[int, ...]
+    weight: StoredTensor, scale: StoredTensor | None, shape: tuple[int, ...]
 ) -> StoredMatrix:
-    """The matrix called `names`, which must have the configuration's `shape` in numbers.
+    """The matrix of `weight` and `scale`, which must have the configuration's `shape` in numbers.
 
     **Raises:** `ValueError` naming file and tensor: another shape, a missing scale, a payload or
     scale of another kind than the library decodes, scales that do not tile the matrix.
     """
-    path, entry = tensors.where(names.weight), tensors.entry(names.weight)
-    kind, found = entry.dtype, entry.shape
+    kind, found = weight.dtype, weight.shape
     if kind not in _KNOWN:
-        raise mistake(path, names.weight, f"have a dtype among {', '.join(_KNOWN)}", kind)
+        raise weight.mistake(f"have a dtype among {', '.join(_KNOWN)}", kind)
     if kind in FP4_TYPES and kind != PACKED and found:
         found = (*found[:-1], 2 * found[-1])
     if found != shape:
-        got = f"{found}, {kind} {list(entry.shape)} in the file"
-        raise mistake(path, names.weight, f"have the configuration's shape {shape}", got)
-    if names.scale is None:
-        if kind not in FLOATS:
-            raise mistake(path, names.weight, "have a scale beside it", f"{kind} and no scale")
-        return StoredMatrix(tensors, names, "float", shape, None)
+        got = f"{found}, {kind} {list(weight.shape)} in the file"
+        raise weight.mistake(f"have the configuration's shape {shape}", got)
     name = "fp4" if kind in FP4_TYPES else "float" if kind in FLOATS else kind
-    block = _block(tensors, names.weight, names.scale, name, shape)
-    return StoredMatrix(tensors, names, name, shape, block)
-
-
-def _block(
-    tensors: StoredTensors, weight: str, scale: str, name: str, shape: tuple[int, ...]
-) -> tuple[int, int]:
-    """The rows and columns that share a scale, from the shapes of weight and scale."""
-    path, entry = tensors.where(scale), tensors.entry(scale)
-    if entry.dtype not in _SCALES:
-        raise mistake(path, scale, f"have a dtype among {', '.join(_SCALES)}", entry.dtype)
+    if scale is None:
+        if name != "float":
+            raise weight.mistake("have a scale beside it", f"{kind} and no scale")
+        return StoredMatrix(weight, None, name, shape, None)
+    if scale.dtype not in _SCALES:
+        raise scale.mistake(f"have a dtype among {', '.join(_SCALES)}", scale.dtype)
     if name == "fp4" and shape[-1] % FP4_GROUP:
-        must = f"have a last axis of whole groups of {FP4_GROUP}"
-        raise mistake(tensors.where(weight), weight, must, shape)
+        raise weight.mistake(f"have a last axis of whole groups of {FP4_GROUP}", shape)
     blocks = ((1, FP4_GROUP),) if name == "fp4" else BLOCKS
     grids = {block: grid(shape, block) for block in blocks}
-    for block, wanted in grids.items():
-        if entry.shape == wanted:
-            return block
+    for block, tiles in grids.items():
+        if scale.shape == tiles:
+            return StoredMatrix(weight, scale, name, shape, block)
     wanted = " or ".join(
-        f"{shape} for {rows}x{columns}" for (rows, columns), shape in grids.items()
+        f"{tiles} for {rows}x{columns}" for (rows, columns), tiles in grids.items()
     )
-    raise mistake(path, scale, f"have shape {wanted}", entry.shape)
+    raise scale.mistake(f"have shape {wanted}", scale.shape)
 
 
 def grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:

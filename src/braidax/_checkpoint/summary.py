@@ -26,9 +26,10 @@ class TableStatistics(NamedTuple):
 class LayerSummary(NamedTuple):
     """The feed-forward part of one layer.
 
-    `router` is `"hash"`, `"top-k"` or `"dense"`. `num_bytes` counts by dtype what is stored,
-    scales included; 4-bit weights are `"FP4"`, whatever dtype holds them. `active` counts the
-    parameters that one token uses, None if the experts per token are not known.
+    `router` is `"hash"`, `"top-k"`, `"dense"`, or `"?"` if the router has no known name.
+    `num_bytes` counts by dtype what is stored, scales included; 4-bit weights are `"FP4"`, whatever
+    dtype holds them. `active` counts the parameters that one token uses, None if the experts per
+    token are not known.
     """
 
     name: str

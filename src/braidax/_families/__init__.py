@@ -2,4 +2,5 @@
 
 from .deepseek import DEEPSEEK as DEEPSEEK
 from .family import Family as Family
-from .family import Place as Place
+
+FAMILIES = (DEEPSEEK,)

@@ -1,11 +1,9 @@
 """One file: a JSON header line, the leaves of the training state, a SHA-256 of all before it."""
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import json
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import PyTree
 
+from .._atomic_file import replacing
 from .corpus import Corpus, read_corpus
 from .settings import Settings, UserError
 
@@ -32,26 +31,15 @@ class Header:
 
 
 def save(folder: pathlib.Path, header: Header, state: PyTree) -> None:
-    """Write `folder/checkpoint.eqx`. A kill at any moment leaves the old file or the new one.
-
-    Raises `OSError` (full disk, read-only folder); the old file stays and no other is left.
-    """
+    """Write `folder/checkpoint.eqx`, whole or not at all. Raises `OSError`, as on a full disk."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary, buffer = folder / (FILE_NAME + ".tmp"), io.BytesIO()
+    buffer = io.BytesIO()
     record = {"format": _FORMAT, **dataclasses.asdict(header)}
     buffer.write(json.dumps(record, sort_keys=True).encode() + b"\n")
     eqx.tree_serialise_leaves(buffer, state)
     buffer.write(hashlib.sha256(buffer.getvalue()).digest())
-    try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / FILE_NAME)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()  # half a file would keep a full disk full
-        raise
+    with replacing(folder / FILE_NAME) as file:
+        file.write(buffer.getbuffer())
 
 
 def load(folder: pathlib.Path, like: Callable[[Settings], PyTree]) -> tuple[Header, PyTree]:
