@@ -9,8 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from braidax._checkpoint.dequantize import decode_blocks, decode_fp4, decode_scale
-from braidax._checkpoint.quantize import encode_fp4, encode_fp8
+from braidax._checkpoint.quantization import (
+    decode_blocks,
+    decode_fp4,
+    decode_scale,
+    encode_fp4,
+    encode_fp8,
+)
 
 BF16 = np.dtype(jnp.bfloat16)
 FLOATS = [np.dtype(np.float32), BF16, np.dtype(np.float16), np.dtype(np.float64)]

@@ -140,7 +140,9 @@ def test_what_cannot_be_saved(tmp_path, unchecked):
     narrow = bx.RoutedAndSharedMoE.from_config(
         checkpoints.config(bx, hidden_size=48), SCORED, key=jax.random.key(0)
     )
-    with pytest.raises(ValueError, match="groups of 32 for FP4. Got layers.2.ffn.experts.0.w1"):
+    with pytest.raises(
+        ValueError, match="layers.2.ffn.experts.0.w1: `numbers` .* whole groups of 32. Got 48"
+    ):
         bx.save_moe(path, narrow, SCORED, quantization="fp4")
     # Nothing that failed has touched the file.
     assert_same_bits(load(path, SCORED, "packed"), packed)

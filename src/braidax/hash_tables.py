@@ -9,7 +9,6 @@ the recipe of a released table, which is unpublished: load a released table and 
 
 import hashlib
 import struct
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -39,18 +38,13 @@ def md5(
         [[2, 0], [0, 5], [3, 0]]
     """
     vocab, experts, slots, salt = _sizes(vocab_size, num_experts, num_experts_per_token, salt)
-    table = np.empty((vocab, slots), np.int32)
-    for start, stop in _chunks(vocab, experts):
-        digests = b"".join(
-            hashlib.md5(struct.pack("<QQ", salt, token), usedforsecurity=False).digest()
-            for token in range(start, stop)
-        )
-        limbs = np.frombuffer(digests, "<u4").reshape(-1, 4).astype(np.uint64)
-        remainders = np.empty((stop - start, slots), np.int64)
-        for slot in range(slots):
-            remainders[:, slot] = _divide_in_place(limbs, experts - slot)
-        table[start:stop] = _distinct_experts(remainders, experts)
-    return table
+    digests = b"".join(
+        hashlib.md5(struct.pack("<QQ", salt, token), usedforsecurity=False).digest()
+        for token in range(vocab)
+    )
+    limbs = np.frombuffer(digests, "<u4").reshape(-1, 4).astype(np.uint64)
+    remainders = [_divide_in_place(limbs, experts - slot) for slot in range(slots)]
+    return _distinct_experts(np.stack(remainders, axis=1), experts)
 
 
 def random(
@@ -69,13 +63,9 @@ def random(
         [[7, 5], [5, 7], [1, 6]]
     """
     vocab, experts, slots, salt = _sizes(vocab_size, num_experts, num_experts_per_token, salt)
-    bits = np.random.PCG64(salt)
+    raw = np.random.PCG64(salt).random_raw((vocab, slots))
     divisors = np.arange(experts, experts - slots, -1, dtype=np.uint64)
-    table = np.empty((vocab, slots), np.int32)
-    for start, stop in _chunks(vocab, experts):
-        raw = bits.random_raw((stop - start, slots))
-        table[start:stop] = _distinct_experts((raw % divisors).astype(np.int64), experts)
-    return table
+    return _distinct_experts(raw % divisors, experts)
 
 
 def round_robin(
@@ -182,13 +172,6 @@ def _sizes(
     return vocab, experts, slots, integer("salt", salt, 0, 2**64 - 1)
 
 
-def _chunks(vocab: int, experts: int) -> Iterator[tuple[int, int]]:
-    """Row ranges whose pools, (rows, experts), stay within a few MB."""
-    size = max(1, _MAX_POOL_ENTRIES // experts)
-    for start in range(0, vocab, size):
-        yield start, min(start + size, vocab)
-
-
 def _divide_in_place(limbs: npt.NDArray[np.uint64], divisor: int) -> npt.NDArray[np.uint64]:
     """Divides 128-bit integers, as four little-endian 32-bit limbs; returns the remainders."""
     remainder = np.zeros(len(limbs), np.uint64)
@@ -198,12 +181,15 @@ def _divide_in_place(limbs: npt.NDArray[np.uint64], divisor: int) -> npt.NDArray
     return remainder
 
 
-def _distinct_experts(remainders: npt.NDArray[np.int64], experts: int) -> npt.NDArray[np.int32]:
-    """Partial Fisher-Yates, all rows at once; `remainders[:, j]` is in [0, experts - j)."""
-    pool = np.tile(np.arange(experts, dtype=np.int32), (len(remainders), 1))
-    rows = np.arange(len(remainders))
-    chosen = np.empty(remainders.shape, np.int32)
-    for slot, remainder in enumerate(remainders.T):
-        chosen[:, slot] = pool[rows, remainder]
-        pool[rows, remainder] = pool[:, experts - 1 - slot]
+def _distinct_experts(remainders: npt.NDArray[np.uint64], experts: int) -> npt.NDArray[np.int32]:
+    """Partial Fisher-Yates, many rows at once; `remainders[:, j]` is in [0, experts - j)."""
+    remainders, chosen = remainders.astype(np.int64), np.empty(remainders.shape, np.int32)
+    size = max(1, _MAX_POOL_ENTRIES // experts)  # the pools stay within a few MB
+    for start in range(0, len(chosen), size):
+        chunk = remainders[start : start + size]
+        pool = np.tile(np.arange(experts, dtype=np.int32), (len(chunk), 1))
+        rows = np.arange(len(chunk))
+        for slot, remainder in enumerate(chunk.T):
+            chosen[start : start + size, slot] = pool[rows, remainder]
+            pool[rows, remainder] = pool[:, experts - 1 - slot]
     return chosen

@@ -15,8 +15,8 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from whole_model import HASH_LAYERS, LAYERS, make_model
 
 import braidax as bx
-from braidax._checkpoint.dequantize import decode_blocks, decode_fp4
 from braidax._checkpoint.dtypes import DTYPES
+from braidax._checkpoint.quantization import decode_blocks, decode_fp4
 from braidax._checkpoint.safetensors_reader import read_header
 from braidax._checkpoint.safetensors_writer import write_safetensors
 

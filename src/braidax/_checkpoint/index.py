@@ -4,8 +4,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-from .errors import mistake
-from .safetensors_reader import StoredTensor, parsed_json, read_header
+from .safetensors_reader import StoredTensor, mistake, parsed_json, read_header
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 _SUFFIX = ".safetensors"
@@ -13,24 +12,15 @@ _SPECIAL = set("/\\:\0")
 
 
 class StoredTensors:
-    """The tensors of a checkpoint by name. A shard is opened when one of its tensors is asked for.
+    """The tensors of a checkpoint by name. A shard is opened when a tensor in it is asked for."""
 
-    `source` lists the tensors: an index, a folder or a file. `folder` is where it lies, `files`
-    the file of each tensor.
-    """
-
-    source: pathlib.Path
-    folder: pathlib.Path
-    files: dict[str, pathlib.Path]
+    source: pathlib.Path  # what lists the tensors: an index, a folder or a file
+    folder: pathlib.Path  # where the source lies
+    files: dict[str, pathlib.Path]  # the file of each tensor
 
     def __init__(self, path: str | os.PathLike[str]):
-        """**Arguments:** `path`: a `.safetensors` file, an index, or a folder. The index of a
-        folder decides; without an index, all its `.safetensors` files are the checkpoint.
-
-        **Raises:** `FileNotFoundError` if there is nothing to read. `ValueError` for an index
-        that is malformed or names anything but plain files beside it. `ValueError` for a tensor
-        that two files without an index both hold.
-        """
+        """`path` is a `.safetensors` file, an index, or a folder. The index of a folder decides;
+        without an index, all its `.safetensors` files are the checkpoint."""
         path = pathlib.Path(path)
         self.source, self.folder = path, path if path.is_dir() else path.parent
         self._shards: dict[pathlib.Path, Mapping[str, StoredTensor]] = {}

@@ -8,9 +8,8 @@ from .. import hash_tables
 from .._config import MoEConfig
 from .._families import Family
 from .._families.family import Layers
-from .errors import mistake
 from .index import StoredTensors
-from .safetensors_reader import StoredTensor
+from .safetensors_reader import StoredTensor, mistake
 from .stored_matrix import FLOATS
 
 
@@ -26,10 +25,7 @@ class NamedLayer(NamedTuple):
 def find_layer(
     tensors: StoredTensors, family: Family, layers: Layers, layer_idx: int
 ) -> NamedLayer:
-    """Layer `layer_idx` of those in `layers`.
-
-    **Raises:** `ValueError` for a layer that is not there or has two prefixes.
-    """
+    """Layer `layer_idx` of those in `layers`."""
     what, prefixes = f"{family.layers}.{layer_idx}", layers.get((family.layers, layer_idx))
     if prefixes is None:
         numbers = [number for word, number in layers if word == family.layers]
@@ -110,9 +106,7 @@ def _check_presence(
 
 
 def read_floats(tensor: StoredTensor, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A tensor of the router in `dtype`.
-
-    **Raises:** `ValueError` naming file and tensor, for another shape, integers and overflow."""
+    """A tensor of the router in `dtype`, which must hold its numbers."""
     check_shape(tensor, shape)
     if tensor.dtype not in FLOATS:
         raise tensor.mistake(f"have a dtype among {', '.join(FLOATS)}", tensor.dtype)
@@ -126,9 +120,7 @@ def read_floats(tensor: StoredTensor, shape: tuple[int, ...], dtype: np.dtype) -
 
 
 def read_table(tensor: StoredTensor, num_experts: int) -> np.ndarray:
-    """A hash table, int32 (vocab, experts_per_token).
-
-    **Raises:** `ValueError` naming file and tensor, for an expert out of range."""
+    """A hash table, int32 (vocab, experts_per_token), of experts that there are."""
     table = tensor.read()
     try:
         return hash_tables.from_array(table, num_experts)
@@ -137,6 +129,6 @@ def read_table(tensor: StoredTensor, num_experts: int) -> np.ndarray:
 
 
 def check_shape(tensor: StoredTensor, shape: tuple[int | None, ...]) -> None:
-    """Raise `ValueError`, naming file and tensor, unless a tensor has `shape`."""
+    """The tensor has `shape`, or is a mistake."""
     if tensor.shape != shape:
         raise tensor.mistake(f"have the configuration's shape {shape}", tensor.shape)

@@ -106,12 +106,8 @@ def _decoded_stack(
 
 
 def _packed_stack(stack: _Stack, *, parts: int | None, transposed: bool) -> PackedMatrices:
-    """The matrices as they are stored: bytes copied, nothing decoded. `parts` and `transposed` are
-    those of `PackedMatrices`.
-
-    **Raises:** `ValueError` if the matrices are floating point, not all of one kind, or if two
-    parts share a scale.
-    """
+    """The matrices, all of one kind, as they are stored: bytes copied, nothing decoded. `parts`,
+    which may not share a scale, and `transposed` are those of `PackedMatrices`."""
     first = stack[0][0]
     if first.format == "float" or first.block is None:
         raise first.weight.mistake(

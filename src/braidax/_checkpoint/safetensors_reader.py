@@ -14,14 +14,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .._checks import one_line
 from .dtypes import DTYPES, FLOAT4, PACKED, size_in_bits, stored_bytes
-from .errors import mistake
 
 # Bytes. The reference implementation allows three times as many, which as JSON can take more than
 # a gigabyte; the index of the largest release, of 96,085 tensors, has 7 MB.
 LARGEST_HEADER = 32 * 2**20
 _MOST_AXES = 32
 _LARGEST_SIZE = 2**63 - 1
+
+
+def mistake(path: str | os.PathLike[str], name: str, must: str, got: object) -> ValueError:
+    """The error to raise: which file, which tensor or part of it, what was expected and found."""
+    return ValueError(one_line(f"{os.fspath(path)}: `{name}` must {must}. Got {got}."))
 
 
 class StoredTensor(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 
 from .._atomic_file import replacing
 from .dtypes import DTYPES, NAMES, PACKED, size_in_bits, stored_bytes
-from .errors import mistake
+from .safetensors_reader import mistake
 
 _ORDER = {name: position for position, name in enumerate(DTYPES)}
 
@@ -37,9 +37,6 @@ def write_safetensors(
     """Write named arrays to `path`, replacing the file only once all is written.
 
     Wide elements come first, so every tensor is aligned; float4_e2m1fn is packed two a byte.
-
-    **Raises:** `ValueError` naming file and tensor for a dtype that the format does not have, or
-    4-bit numbers in an odd last axis.
     """
     path = pathlib.Path(path)
     lazy = {name: _lazy(path, name, tensor) for name, tensor in tensors.items()}

@@ -11,10 +11,9 @@ from .._checks import integer
 from .._experts.packed import PackedMatrices
 from .._families import DEEPSEEK
 from .._moe import RoutedAndSharedMoE, RoutedMoE
-from .dequantize import FP4_GROUP
 from .dtypes import FLOAT4, SCALE
 from .leaves import MATRICES, leaves, to_tensors
-from .quantize import FP8_BLOCK, encode_fp4, encode_fp8
+from .quantization import FP4_GROUP, FP8_BLOCK, encode_fp4, encode_fp8
 from .safetensors_writer import Lazy, write_safetensors
 from .stored_matrix import grid
 
@@ -127,11 +126,6 @@ def _encoded(name: str, matrix: np.ndarray, quantization: str) -> tuple[Lazy, La
     size_out, size_in = matrix.shape
     if quantization == "fp4":
         dtype, block, encode, size = "I8", (1, FP4_GROUP), encode_fp4, size_in // 2
-        if size_in % FP4_GROUP:
-            raise ValueError(
-                f"`moe` must have sizes in whole groups of {FP4_GROUP} for FP4. "
-                f"Got {name}, {matrix.shape}."
-            )
     else:
         dtype, block, encode, size = "F8_E4M3", FP8_BLOCK, encode_fp8, size_in
 

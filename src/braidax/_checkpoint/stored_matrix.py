@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from .dequantize import FP4_GROUP, decode_blocks, decode_fp4
 from .dtypes import PACKED
+from .quantization import FP4_GROUP, decode_blocks, decode_fp4
 from .safetensors_reader import StoredTensor
 
 BLOCKS = ((128, 128), (32, 32), (1, 32))  # V3 and V4, V4.1, MXFP8
@@ -46,9 +46,7 @@ class StoredMatrix(NamedTuple):
         return array.reshape(-1, rows, columns // 2 if is_fp4 else columns)[self.index or 0]
 
     def scales(self) -> np.ndarray | None:
-        """The scales, E8M0 as their raw bytes.
-
-        **Raises:** `ValueError` for a scale that is not a number."""
+        """The scales, which must be numbers: float32, or E8M0 as its raw bytes."""
         if self.scale is None:
             return None
         array = self.scale.read()
@@ -63,10 +61,8 @@ class StoredMatrix(NamedTuple):
         return array
 
     def decoded(self, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
-        """The numbers in `dtype`, some rows at a time: which rows, and their numbers.
-
-        **Raises:** `ValueError` for numbers that `dtype` cannot hold. A dtype as wide as float32
-        holds all, except stored numbers that become infinite in it."""
+        """The numbers in `dtype`, which must hold them, some rows at a time: which rows, and their
+        numbers. A dtype as wide as float32 holds all but float64."""
         payload, scales, block = self.payload(), self.scales(), self.block
         largest = float(jnp.finfo(dtype).max)
         narrow = largest < _SMALLEST_RANGE or (payload.dtype == np.float64 and dtype != np.float64)
@@ -89,11 +85,8 @@ class StoredMatrix(NamedTuple):
 def stored_matrix(
     weight: StoredTensor, scale: StoredTensor | None, shape: tuple[int, ...]
 ) -> StoredMatrix:
-    """The matrix of `weight` and `scale`, which must have the configuration's `shape` in numbers.
-
-    **Raises:** `ValueError` naming file and tensor: another shape, a missing scale, a payload or
-    scale of another kind than the library decodes, scales that do not tile the matrix.
-    """
+    """The matrix of `weight` and `scale`, which must have the configuration's `shape` in numbers,
+    and be of a kind that the library decodes."""
     kind, found = weight.dtype, weight.shape
     if kind not in _KNOWN:
         raise weight.mistake(f"have a dtype among {', '.join(_KNOWN)}", kind)
