@@ -38,7 +38,7 @@ def test_the_readme_opens_released_weights_as_written(tmp_path, monkeypatch):
     layer = bx.RoutedAndSharedMoE.from_config(config, 3, key=jax.random.key(0))
     bx.save_moe(folder / "layer-3.safetensors", layer, 3, quantization="fp4")
     keys = ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
-    released = {**dict(zip(keys, (64, 32, 8, 2), strict=True)), "scoring_func": "sqrtsoftplus"}
+    released = {**dict(zip(keys, (64, 32, 8, 2), strict=True)), "model_type": "deepseek_v4"}
     (folder / "config.json").write_text(json.dumps(released))
     names = {"bx": bx, "hidden_states": jax.numpy.ones((4, 64)), "input_ids": None}
     (source,) = [source for _, source in blocks(README) if source.startswith("layer = bx.load_moe")]
