@@ -68,10 +68,13 @@ def test_load_skips_masked_tokens_and_sums_all_axes():
     expected = np.bincount(indices[mask].reshape(-1), minlength=7)
     np.testing.assert_array_equal(bx.expert_load(routing), expected)
     np.testing.assert_array_equal(jax.jit(bx.expert_load)(routing), expected)
-    per_layer = eqx.filter_vmap(bx.expert_load)(
-        eqx.tree_at(lambda r: r.dropped, routing, jnp.zeros(3, jnp.int32))
-    )
-    np.testing.assert_array_equal(jnp.sum(per_layer, axis=0), expected)
+    stacked = eqx.tree_at(lambda r: r.dropped, routing, jnp.zeros(3, jnp.int32))
+    per_layer = [
+        np.bincount(rows[valid].reshape(-1), minlength=7)
+        for rows, valid in zip(indices, mask, strict=True)
+    ]
+    np.testing.assert_array_equal(bx.expert_load(stacked), per_layer)
+    np.testing.assert_array_equal(jax.vmap(bx.expert_load)(stacked), per_layer)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0)])
@@ -242,6 +245,84 @@ def test_underflowed_scores_keep_gradients_finite(loss):
     assert np.all(np.isfinite(gradients(loss, routing)[0]))
 
 
+# --- stacked routings, and what is no routing -------------------------------------------------
+
+
+def test_stacked_routings_are_not_merged():
+    """Three layers of two micro-batches, collapsed onto different experts: merged they would look
+    balanced, and each of them is not."""
+    scores = random_scores(12, 2, 3, 4, 6, 6)
+    for layer in range(3):
+        scores[:, layer, ..., 2 * layer : 2 * layer + 2] += 2
+    routing = make_routing(scores, 2, logits=np.log(scores))
+    routing = eqx.tree_at(lambda r: r.dropped, routing, jnp.zeros((2, 3), jnp.int32))
+    assert routing.stacked == (2, 3)
+    load = bx.expert_load(routing).sum(axis=0)
+    np.testing.assert_array_equal(load, 48 * np.repeat(np.eye(3, dtype=int), 2, axis=1))
+    np.testing.assert_allclose(bx.max_violation(load), [2, 2, 2], rtol=1e-6)
+
+    valid = np.ones((4, 6), bool)
+    calls = [[scores[i, j] for j in range(3)] for i in range(2)]
+    expected = [[oracle_balance(call, 2, valid) for call in row] for row in calls]
+    np.testing.assert_allclose(bx.sequence_balance_loss(routing), expected, rtol=1e-5)
+    whole = [
+        [oracle_balance(call.reshape(1, 24, 6), 2, valid.reshape(1, 24)) for call in row]
+        for row in calls
+    ]
+    np.testing.assert_allclose(bx.batch_balance_loss(routing), whole, rtol=1e-5)
+    squares = np.log(scores.sum(axis=-1)) ** 2
+    np.testing.assert_allclose(bx.router_z_loss(routing), squares.mean(axis=(2, 3)), rtol=1e-5)
+
+
+def test_a_capacity_is_that_of_each_stacked_call():
+    indices = np.random.default_rng(13).integers(0, 4, (3, 5, 2))
+    routing = make_routing(np.ones((3, 5, 4)), 2, indices=indices)
+    routing = eqx.tree_at(lambda r: r.dropped, routing, jnp.asarray([0, 7, 0], jnp.int32))
+    capped = bx.over_capacity(routing, 2)
+    for layer, wanted in enumerate(indices.copy()):
+        seen, dropped = [0] * 4, 0
+        for token, slot in np.ndindex(5, 2):
+            expert = wanted[token, slot]
+            seen[expert] += 1
+            if seen[expert] > 2:
+                wanted[token, slot], dropped = 4, dropped + 1
+        np.testing.assert_array_equal(capped.indices[layer], wanted)
+        assert int(capped.dropped[layer]) == dropped + [0, 7, 0][layer]
+
+
+OF_ROUTINGS = [bx.expert_load, bx.sequence_balance_loss, bx.batch_balance_loss, bx.router_z_loss]
+OF_LOADS = [bx.max_violation, bx.load_entropy, bx.dead_experts]
+
+
+@pytest.mark.parametrize("function", [*OF_ROUTINGS, lambda r: bx.over_capacity(r, 1)])
+def test_what_is_no_routing_is_named(function, unchecked):
+    routing = make_routing(np.ones((4, 5)), 2)
+    for given, name in (
+        (jnp.zeros(4, jnp.int32), "ArrayImpl"),
+        ([routing], "list"),
+        ((jnp.zeros((4, 8)), routing), "tuple"),
+        (None, "NoneType"),
+    ):
+        with pytest.raises(TypeError, match=f"`routing` must be a Routing.*Got a {name}"):
+            function(given)
+
+
+@pytest.mark.parametrize("function", OF_LOADS)
+def test_what_is_no_load_is_named(function, unchecked):
+    routing = make_routing(np.ones((4, 5)), 2)
+    for given, found in (
+        (routing, "a Routing"),
+        ([1, 2], "a list"),
+        ((jnp.zeros((4, 8)), routing), "a tuple"),
+        (jnp.zeros(4, bool), "dtype bool"),
+    ):
+        with pytest.raises(TypeError, match=f"`load` must be an array of counts.*Got {found}"):
+            function(given)
+    with pytest.raises(ValueError, match=r"`load` must have shape \(\*layers, experts\)"):
+        function(jnp.int32(3))
+    np.testing.assert_array_equal(function(np.array([2, 2])), function(jnp.array([2, 2])))
+
+
 # --- bias update ------------------------------------------------------------------------------
 
 
@@ -287,7 +368,6 @@ def test_layers_narrow_counts_and_traced_rate():
     for dtype in (jnp.uint8, jnp.int16, jnp.uint32):
         new = update(jnp.zeros((2, 3)), jnp.asarray(load, dtype), jnp.float32(0.5))
         np.testing.assert_array_equal(new, [[-0.5, 0, 0.5], [0, 0, 0]])
-    assert update(jnp.zeros((2, 3), jnp.bfloat16), jnp.asarray(load), 0.5).dtype == jnp.float32
 
 
 def test_many_narrow_counts_do_not_overflow():
@@ -315,6 +395,7 @@ def test_center_subtracts_the_mean_of_the_update():
         (jnp.zeros(3), jnp.zeros(3), 0.1, TypeError, "`load` must have an integer.*float32"),
         (jnp.zeros(3), jnp.zeros(4, jnp.int32), 0.1, ValueError, r"same shape.*\(3,\) and \(4,\)"),
         (jnp.zeros((2, 3)), jnp.zeros(3, jnp.int32), 0.1, ValueError, "same shape"),
+        (jnp.zeros(3, jnp.bfloat16), jnp.zeros(3, jnp.int32), 0.1, TypeError, "Got bfloat16: cast"),
     ],
 )
 def test_wrong_updates_are_named(bias, load, rate, error, message):

@@ -99,6 +99,52 @@ def test_decay_mask_keeps_the_structure_of_params():
     assert bx.decay_mask(model).routers[0].table is False
 
 
+@pytest.mark.parametrize("given", [3, jnp.int32(3), jax.nn.silu, "params"])
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("model", bx.trainable),
+        ("model", bx.routers),
+        ("model", lambda model: bx.cast(model, jnp.bfloat16)),
+        ("params", bx.decay_mask),
+        ("model", lambda model: bx.rebalance(model, [], 0.1)),
+    ],
+    ids=("trainable", "routers", "cast", "decay_mask", "rebalance"),
+)
+def test_what_is_no_tree_is_refused(name, function, given):
+    with pytest.raises(TypeError, match=f"`{name}` must be a model or a tree of its parameters"):
+        function(given)
+
+
+def test_a_mask_that_is_called_as_a_schedule_is_an_error():
+    params = eqx.filter(top_k_router(1), eqx.is_inexact_array)
+    adamw = {"learning_rate": 0.1, "weight_decay": 0.1, "mask": bx.decay_mask}
+    with pytest.raises(TypeError, match=r'`params` must.*step count.*static_args="mask"'):
+        optax.inject_hyperparams(optax.adamw)(**adamw).init(params)
+    optimizer = optax.inject_hyperparams(optax.adamw, static_args="mask")(**adamw)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_array_equal(updates.score_correction_bias, np.zeros(EXPERTS))
+    np.testing.assert_allclose(updates.gate.weight, -0.01 * params.gate.weight, rtol=1e-5)
+
+
+def test_shapes_are_filtered_as_the_arrays_are():
+    shapes = eqx.filter_eval_shape(Model)
+    assert eqx.tree_equal(bx.trainable(shapes), bx.trainable(Model()))
+    assert bx.cast(Model(), jnp.float16).routers[0].table.dtype == jnp.int32
+
+
+def test_a_cast_narrows_everything_but_routers():
+    model = Model()
+    narrow = bx.cast(model, jnp.bfloat16)
+    assert eqx.tree_equal(narrow.routers, model.routers)
+    assert {p.weight.dtype for p in narrow.projections} == {jnp.dtype(jnp.bfloat16)}
+    mixed = {"count": 3, "key": jax.random.key(0), "phase": jnp.ones(2, complex)}
+    assert eqx.tree_equal(bx.cast(mixed, jnp.bfloat16), mixed)
+    with pytest.raises(TypeError, match="`dtype` must be a floating-point dtype"):
+        bx.cast(model, jnp.int32)
+
+
 OPTIMIZERS = {
     "adamw": optax.adamw(1e-1, weight_decay=0.1, mask=bx.decay_mask),
     "lion": optax.lion(1e-1, weight_decay=0.1, mask=bx.decay_mask),
@@ -210,8 +256,44 @@ def test_stacked_layers_are_balanced_one_by_one():
         load = np.bincount(np.asarray(routing.indices)[layer, :5].reshape(-1), minlength=EXPERTS)
         expected = 0.25 * np.sign(load.mean() - load)
         np.testing.assert_array_equal(new.score_correction_bias[layer], expected)
-    with pytest.raises(ValueError, match=r"layer axes \(3,\).*Got shape \(6, 2\)"):
+    with pytest.raises(ValueError, match=r"stacked over the layers \(3,\).*Got \(\)"):
         bx.rebalance(stacked, jax.tree.map(lambda a: a[0], routing), 0.25)
+
+
+def test_micro_batches_of_stacked_layers_are_never_taken_for_layers():
+    """As many micro-batches as layers: the axes could not be told apart by their sizes."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    stacked = eqx.filter_vmap(lambda k: bx.TopKRouter(HIDDEN, EXPERTS, CHOSEN, key=k))(keys)
+    tokens = jax.random.normal(jax.random.key(1), (3, 6, HIDDEN))
+
+    def micro_batch(_, hidden_states):
+        layer = lambda _, router: (None, router(hidden_states))  # noqa: E731
+        return None, jax.lax.scan(layer, None, stacked)[1]
+
+    _, routing = jax.lax.scan(micro_batch, None, tokens)
+    assert routing.stacked == (3, 3)
+    with pytest.raises(ValueError, match=r"over nothing else. Got \(3, 3\).*sum of the loads"):
+        bx.rebalance(stacked, routing, 0.25)
+    new = bx.rebalance(stacked, bx.expert_load(routing).sum(axis=0), 0.25)
+    for layer in range(3):
+        load = np.bincount(np.asarray(routing.indices)[:, layer].reshape(-1), minlength=EXPERTS)
+        expected = 0.25 * np.sign(load.mean() - load)
+        np.testing.assert_array_equal(new.score_correction_bias[layer], expected)
+
+
+def test_loads_do_where_routings_are_not_kept():
+    """Sums over micro-batches, also of unequal sizes, in numpy too."""
+    model = Model()
+    hidden_states, input_ids = inputs(8)
+    _, routings = model(hidden_states, input_ids)
+    parts = [model(hidden_states[:3], input_ids[:3]), model(hidden_states[3:], input_ids[3:])]
+    loads = [sum(np.asarray(bx.expert_load(routing[i])) for _, routing in parts) for i in range(3)]
+    expected = bx.rebalance(model, routings, 0.01)
+    assert eqx.tree_equal(bx.rebalance(model, loads, 0.01), expected)
+    assert eqx.tree_equal(bx.rebalance(model, [routings[0], *loads[1:]], 0.01), expected)
+    one, load = model.routers[1], jnp.asarray([[3, 0, 1, 0], [0, 1, 1, 0]])
+    moved = bx.rebalance(one, load, 0.5).score_correction_bias - one.score_correction_bias
+    np.testing.assert_array_equal(moved, [-0.5, 0.5, -0.5, 0.5])  # 3, 1, 2, 0 in the whole
 
 
 def test_rebalance_pulls_a_collapsed_router_towards_balance():
@@ -229,7 +311,7 @@ def test_rebalance_pulls_a_collapsed_router_towards_balance():
 def test_mistakes_are_named():
     model = Model()
     _, routings = model(*inputs())
-    with pytest.raises(ValueError, match="Got 2 routings for 3 routers"):
+    with pytest.raises(ValueError, match="Got 2 for 3 routers"):
         bx.rebalance(model, routings[:2], 0.01)
     with pytest.raises(TypeError, match="`where` must return routers. Got Linear"):
         bx.rebalance(model, routings[:1], 0.01, where=lambda m: [m.projections[0]])
@@ -238,5 +320,22 @@ def test_mistakes_are_named():
     other = bx.TopKRouter(HIDDEN, EXPERTS + 1, CHOSEN, key=jax.random.key(0))(inputs()[0])
     with pytest.raises(ValueError, match=r"`routings\[2\]`.*4 experts. Got 5"):
         bx.rebalance(model, [*routings[:2], other], 0.01)
+    with pytest.raises(TypeError, match=r"whole routers. Got a router whose `gate.weight` is None"):
+        bx.rebalance(eqx.partition(model, bx.trainable(model))[1], routings, 0.01)
     with pytest.raises(ValueError, match="`rate` must be finite. Got nan"):
         inspect.unwrap(bx.rebalance)(model, routings, float("nan"))
+
+
+def test_what_is_neither_routing_nor_load_is_named(unchecked):
+    router = top_k_router(0)
+    output, routing = inputs()[0], router(inputs()[0])
+    for given, position, found in (
+        ((output, routing), 0, r"float32 \(6, 8\)"),
+        ([[routing]], 0, "a list"),
+        ([routing, None], 1, "a NoneType"),
+        (jnp.int32(3), 0, r"int32 \(\)"),
+    ):
+        with pytest.raises(TypeError, match=rf"`routings\[{position}\]` must be.*Got {found}"):
+            bx.rebalance(router, given, 0.01)
+    with pytest.raises(TypeError, match="`routings` must be a Routing, a load.*Got a NoneType"):
+        bx.rebalance(router, None, 0.01)

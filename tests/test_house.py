@@ -38,7 +38,7 @@ RANKS = (
     ("_config", "_balance", "_balance_losses"),
     ("_router",),
     ("_dispatch", "_replay", "_filters"),
-    ("_moe",),
+    ("_moe", "_bias_update"),
     ("_common",),
     ("_parallel", "_checkpoint", "_inspect"),
     ("training",),

@@ -51,8 +51,9 @@ from ._balance_losses import router_z_loss as router_z_loss
 from ._balance_losses import sequence_balance_loss as sequence_balance_loss
 
 # Training
+from ._bias_update import rebalance as rebalance
+from ._filters import cast as cast
 from ._filters import decay_mask as decay_mask
-from ._filters import rebalance as rebalance
 from ._filters import routers as routers
 from ._filters import trainable as trainable
 

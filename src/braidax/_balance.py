@@ -9,29 +9,22 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int32, Integer, Real
 
 from ._checks import array_kind
-from ._mesh import reduction_on_any_mesh
-from ._routing import Indices, Mask, Routing, without_masked
+from ._routing import Routing, of_each_call, without_masked
 
 Load = Real[Array, "*layers experts"]
+_COUNTS = (jnp.integer, jnp.floating)  # floats: means of loads over steps
 
 
-def count_assignments(
-    indices: Indices, mask: Mask | None, num_experts: int
-) -> Int32[Array, " experts"]:
-    """Number of unmasked entries of `indices` equal to each expert; nobody is not counted."""
-    indices = without_masked(indices, mask, num_experts)
-    # Sorted, because a scatter is slow on accelerators and a one-hot as large as the scores.
-    ordered = jnp.sort(indices.reshape(-1))
-    edges = jnp.searchsorted(ordered, jnp.arange(num_experts + 1, dtype=indices.dtype))
-    return jnp.diff(edges).astype(jnp.int32)
+@of_each_call
+def expert_load(routing: Routing) -> Int32[Array, "*stacked experts"]:
+    """Assignments that each expert receives, `(*stacked, experts)` int32.
 
+    The load of one call of a router is `(experts,)`: all batch axes of `routing` are summed.
+    Routings stacked by `jax.vmap` or `jax.lax.scan` give a load for each call. Sum the axis that
+    counts micro-batches or examples, and keep the axis that counts layers. Padding and nobody are
+    not counted. A token that names an expert twice counts twice.
 
-@reduction_on_any_mesh
-def expert_load(routing: Routing) -> Int32[Array, " experts"]:
-    """Assignments that each expert receives, `(experts,)` int32.
-
-    All leading axes of `routing` are summed (micro-batches, devices gathered by `vmap` or `scan`);
-    padding and nobody are not counted. A token that names an expert twice counts twice.
+    **Raises:** `TypeError` unless `routing` is a Routing.
 
     **Example:**
 
@@ -41,7 +34,12 @@ def expert_load(routing: Routing) -> Int32[Array, " experts"]:
         >>> load.shape, int(load.sum())
         ((8,), 8)
     """
-    return count_assignments(routing.indices, routing.mask, routing.scores.shape[-1])
+    num_experts = routing.scores.shape[-1]
+    indices = without_masked(routing.indices, routing.mask, num_experts)
+    # Sorted, because a scatter is slow on accelerators and a one-hot as large as the scores.
+    ordered = jnp.sort(indices.reshape(-1))
+    edges = jnp.searchsorted(ordered, jnp.arange(num_experts + 1, dtype=indices.dtype))
+    return jnp.diff(edges).astype(jnp.int32)
 
 
 def max_violation(load: Load) -> Float[Array, "*layers"]:
@@ -49,6 +47,9 @@ def max_violation(load: Load) -> Float[Array, "*layers"]:
 
     `load` counts assignments, `(*layers, experts)`. 0 at perfect balance and where nothing is
     loaded, `experts / experts_per_token - 1` at collapse.
+
+    **Raises:** `TypeError` or `ValueError` for a `load` that is no array of counts, a `Routing`
+    included.
 
     **Source:** arXiv:2408.15664, eq. 4.
 
@@ -58,7 +59,7 @@ def max_violation(load: Load) -> Float[Array, "*layers"]:
         >>> float(bx.max_violation(jnp.array([4, 2, 1, 1])))
         1.0
     """
-    load = load.astype(jnp.float32)
+    load = _checked(load).astype(jnp.float32)
     mean = jnp.mean(load, axis=-1)
     ratio = jnp.max(load, axis=-1) / jnp.where(mean > 0, mean, 1)
     return jnp.where(mean > 0, jnp.maximum(ratio - 1, 0), 0)
@@ -70,13 +71,15 @@ def load_entropy(load: Load) -> Float[Array, "*layers"]:
     `load` counts assignments, `(*layers, experts)`. 1 at perfect balance and, by convention, for a
     single expert; 0 when one of several takes everything, and for a load of zero everywhere.
 
+    **Raises:** as `max_violation` does.
+
     **Example:**
 
         >>> import braidax as bx, jax.numpy as jnp
         >>> round(float(bx.load_entropy(jnp.array([4, 4, 0, 0]))), 4)
         0.5
     """
-    load = load.astype(jnp.float32)
+    load = _checked(load).astype(jnp.float32)
     total = jnp.sum(load, axis=-1)
     if load.shape[-1] == 1:
         return jnp.where(total > 0, 1.0, 0.0).astype(jnp.float32)
@@ -87,18 +90,45 @@ def load_entropy(load: Load) -> Float[Array, "*layers"]:
 def dead_experts(load: Load) -> Int32[Array, "*layers"]:
     """Number of experts without `load`, `(*layers, experts)`: int32 `(*layers,)`.
 
+    **Raises:** as `max_violation` does.
+
     **Example:**
 
         >>> import braidax as bx, jax.numpy as jnp
         >>> int(bx.dead_experts(jnp.array([4, 4, 0, 0])))
         2
     """
-    return jnp.sum(load == 0, axis=-1, dtype=jnp.int32)
+    return jnp.sum(_checked(load) == 0, axis=-1, dtype=jnp.int32)
+
+
+def _checked(load: Load) -> Load:
+    """`load`, if it is an array of counts."""
+    dtype = getattr(load, "dtype", None)
+    if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in _COUNTS):
+        found = f"a {type(load).__name__}" if dtype is None else f"dtype {dtype}"
+        raise TypeError(
+            f"`load` must be an array of counts, as `braidax.expert_load` returns. Got {found}."
+        )
+    if load.ndim == 0:
+        raise ValueError("`load` must have shape (*layers, experts). Got shape ().")
+    return jnp.asarray(load)
+
+
+def check_bias_dtype(name: str, bias: Array) -> None:
+    """The selection bias is float32 or wider."""
+    array_kind(name, bias, jnp.floating)
+    # Released biases are near 5, where neighbors in bfloat16 are further apart than most scores.
+    if jnp.result_type(bias).itemsize < 4:
+        raise TypeError(
+            f"`{name}` must be float32 or wider, because a rounded bias chooses other experts. "
+            f"Got {bias.dtype}: cast the model by `braidax.cast`, which leaves routers alone."
+        )
 
 
 def _check_update(bias: Array, load: Array, rate: ArrayLike) -> None:
-    array_kind("load", load, jnp.integer)
-    if bias.ndim == 0 or bias.shape != load.shape:
+    array_kind("load", _checked(load), jnp.integer)
+    check_bias_dtype("bias", bias)
+    if bias.shape != load.shape:
         raise ValueError(
             "`bias` and `load` must have the same shape (*layers, experts). "
             f"Got {bias.shape} and {load.shape}."
@@ -123,8 +153,9 @@ def updated_bias(
     micro-batches first. `center=True` also subtracts the mean of the update, which stops the
     common drift and leaves selection alone. A load of zero everywhere leaves the bias unchanged.
 
-    **Raises:** `TypeError` for a `load` that is not integer. `ValueError` for shapes that differ
-    and for a `rate` that is not a finite scalar, unless it is traced.
+    **Raises:** `TypeError` for a `load` that is not integer and a `bias` narrower than float32.
+    `ValueError` for shapes that differ and for a `rate` that is not a finite scalar, unless it is
+    traced.
 
     **Source:** arXiv:2408.15664, algorithm 1.
 

@@ -1,4 +1,7 @@
-"""Balance losses: pure functions of a `Routing`, to be weighted and added by whoever trains."""
+"""Balance losses: pure functions of a `Routing`, to be weighted and added by whoever trains.
+
+Stacked routings have a loss each: layers merged into one would balance their sum, and not them.
+"""
 
 import math
 
@@ -6,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ._mesh import reduction_on_any_mesh
-from ._routing import Mask, Routing
+from ._routing import Mask, Routing, of_each_call
 from ._scoring import normalized
 
 
@@ -53,9 +55,9 @@ def _token_mask(routing: Routing) -> Mask:
     return jnp.ones(routing.scores.shape[:-1], bool) if routing.mask is None else routing.mask
 
 
-@reduction_on_any_mesh
-def sequence_balance_loss(routing: Routing) -> Float[Array, ""]:
-    """Sequence-wise balance loss of a `routing`, unweighted, a float32 scalar.
+@of_each_call
+def sequence_balance_loss(routing: Routing) -> Float[Array, "*stacked"]:
+    """Sequence-wise balance loss of a `routing`, unweighted, float32 `(*stacked,)`.
 
     The loss is `sum_i f_i P_i`. `f_i` is `experts` times the share of selections of expert `i`,
     by the top-k of the scores **without** the bias. No gradient flows through `f_i`. `P_i` is
@@ -80,11 +82,11 @@ def sequence_balance_loss(routing: Routing) -> Float[Array, ""]:
     return _balance_loss(routing, math.prod(lead), tokens)
 
 
-@reduction_on_any_mesh
-def batch_balance_loss(routing: Routing) -> Float[Array, ""]:
-    """`sequence_balance_loss` with all tokens of a `routing`, whatever their axes, as one sequence.
+@of_each_call
+def batch_balance_loss(routing: Routing) -> Float[Array, "*stacked"]:
+    """As `sequence_balance_loss`, with all tokens of a call as one sequence, whatever their axes.
 
-    **Source:** as for `sequence_balance_loss`. **Example:** two sequences on opposite halves.
+    Of a `routing`, float32 `(*stacked,)`. **Example:** two sequences on opposite halves.
 
         >>> import braidax as bx, jax.numpy as jnp
         >>> scores = jnp.array([[[0.5, 0.5, 0, 0]] * 4, [[0, 0, 0.5, 0.5]] * 4])
@@ -96,11 +98,14 @@ def batch_balance_loss(routing: Routing) -> Float[Array, ""]:
     return _balance_loss(routing, 1, math.prod(routing.scores.shape[:-1]))
 
 
-@reduction_on_any_mesh
-def router_z_loss(routing: Routing) -> Float[Array, ""]:
-    """Mean over valid tokens of `logsumexp(logits) ** 2`, unweighted, a float32 scalar.
+@of_each_call
+def router_z_loss(routing: Routing) -> Float[Array, "*stacked"]:
+    """Mean over valid tokens of `logsumexp(logits) ** 2`, unweighted, float32 `(*stacked,)`.
 
-    The logits are those of `routing`. 0 without a valid token. **Source:** arXiv:2202.08906, eq. 5.
+    The logits are those of `routing`: a scalar for one call, and for stacked routings one each.
+    0 without a valid token. **Source:** arXiv:2202.08906, eq. 5.
+
+    **Raises:** `TypeError` unless `routing` is a Routing.
 
     **Example:** `log(8) ** 2` for logits that are all 0.
 

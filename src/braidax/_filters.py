@@ -1,16 +1,15 @@
-"""What the optimizer may change in a model, and the bias update that it must not make."""
+"""Which leaves of a model an optimizer may change, and a cast may narrow."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, ArrayLike, Int32, PyTree, Real
+import jax.numpy as jnp
+from jaxtyping import DTypeLike, PyTree
 
-from ._balance import count_assignments
-from ._mesh import reduction_on_any_mesh
+from ._checks import floating_dtype
 from ._router.base import AbstractRouter
-from ._routing import Routing
 
 
 def is_router(node: Any) -> bool:
@@ -21,7 +20,7 @@ def is_router(node: Any) -> bool:
 def routers(model: PyTree) -> list[AbstractRouter]:
     """The routers of `model`, any tree, in the order in which `rebalance` takes their routings.
 
-    A router stacked over layers is one of them.
+    A router stacked over layers is one of them. **Raises:** `TypeError` if `model` is no tree.
 
     **Example:**
 
@@ -31,7 +30,24 @@ def routers(model: PyTree) -> list[AbstractRouter]:
         >>> [router.gate.weight.shape for router in bx.routers(model)]
         [(8, 32), (16, 32)]
     """
+    _check_tree("model", model)
     return [node for node in jax.tree.leaves(model, is_leaf=is_router) if is_router(node)]
+
+
+def _check_tree(name: str, tree: PyTree) -> None:
+    """`tree` is not a mere number, a function or a word, for which every filter has an answer."""
+    if jax.tree_util.all_leaves([tree]) and not _is_parameter(tree):
+        raise TypeError(
+            f"`{name}` must be a model or a tree of its parameters. Got {tree!r:.60}. "
+            "`optax.inject_hyperparams` calls every function with the step count unless "
+            '`static_args` names the argument, as in `static_args="mask"`.'
+        )
+
+
+def _is_parameter(leaf: Any) -> bool:
+    """Whether a leaf is an inexact array, or the shape of one."""
+    shape = isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return shape or eqx.is_inexact_array(leaf)
 
 
 def _mask(tree: PyTree, rule: Callable[[Any], bool]) -> PyTree[bool]:
@@ -54,9 +70,16 @@ def trainable(model: PyTree) -> PyTree[bool]:
     """A filter specification: True on every inexact array of `model` that a gradient may train.
 
     False on each router's `untrained_fields` (the selection bias, the hash table) and on
-    everything that is not an inexact array. For `eqx.partition(model, trainable(model))`. Do not
-    hand a tree of labels made from it to `optax.partition` as it is: optax calls labels that are a
-    callable module. Give it a function.
+    everything that is not an inexact array. `model` may hold shapes, as `eqx.filter_eval_shape`
+    makes.
+
+    `eqx.partition(model, trainable(model))` is the way that is right with every optimizer: what an
+    optimizer is not given, no optimizer can move. `decay_mask` is shorter and right with some.
+
+    Do not hand a tree of labels made from it to `optax.partition` as it is: optax calls labels
+    that are a callable module. Give it a function.
+
+    **Raises:** `TypeError` if `model` is no tree.
 
     **Example:**
 
@@ -66,7 +89,8 @@ def trainable(model: PyTree) -> PyTree[bool]:
         >>> parameters.gate.weight.shape, parameters.score_correction_bias
         ((8, 32), None)
     """
-    return _mask(model, eqx.is_inexact_array)
+    _check_tree("model", model)
+    return _mask(model, _is_parameter)
 
 
 def decay_mask(params: PyTree) -> PyTree[bool]:
@@ -76,6 +100,13 @@ def decay_mask(params: PyTree) -> PyTree[bool]:
     have zero gradient but would still decay. `params` may be the model itself,
     `eqx.filter(model, eqx.is_inexact_array)`, or a tree that holds `optax.MaskedNode`s.
 
+    The mask is right where weight decay is all that moves a parameter without a gradient, as in
+    `optax.adamw` and `optax.lion`. It does not hold `optax.add_noise` or
+    `optax.contrib.schedule_free_adamw`: for these split the model by `trainable`. In
+    `optax.inject_hyperparams` name it, by `static_args="mask"`, or it is called as a schedule.
+
+    **Raises:** `TypeError` if `params` is no tree, as the step count of such a call.
+
     **Example:**
 
         >>> import braidax as bx, jax, optax
@@ -84,80 +115,33 @@ def decay_mask(params: PyTree) -> PyTree[bool]:
         >>> mask.gate.weight, mask.score_correction_bias
         (True, False)
     """
+    _check_tree("params", params)
     return _mask(params, lambda _: True)
 
 
-def _layer_loads(router: AbstractRouter, routing: Routing, position: int) -> Int32[Array, "..."]:
-    """The load that `router` is updated with: `(*layers, experts)`, layers from stacked weights."""
-    *layers, num_experts, _ = router.gate.weight.shape
-    if routing.scores.shape[-1] != num_experts:
-        raise ValueError(
-            f"`routings[{position}]` must come from a router of {num_experts} experts. "
-            f"Got {routing.scores.shape[-1]} experts."
-        )
-    shape = routing.indices.shape
-    if len(shape) <= len(layers) or list(shape[: len(layers)]) != layers:
-        raise ValueError(
-            f"`routings[{position}].indices` must start with the layer axes {tuple(layers)} "
-            f"of its router. Got shape {shape}."
-        )
+def cast(model: PyTree, dtype: DTypeLike) -> PyTree:
+    """`model` with its floating-point arrays in `dtype`, except those of routers.
 
-    def count(indices: Array, mask: Array | None) -> Array:
-        return count_assignments(indices, mask, num_experts)
+    A gate or a selection bias in bfloat16 chooses other experts, and a router is a small part of
+    a model. Integers, packed weights included, stay too. Cast inside the loss function, and the
+    gradients are those of the float32 parameters.
 
-    for _ in layers:
-        count = jax.vmap(count)
-    return reduction_on_any_mesh(count)(routing.indices, routing.mask)
+    **Raises:** `TypeError` or `ValueError` for a `dtype` that is not floating point, of 16 bits or
+    more, and `TypeError` if `model` is no tree.
 
+    **Example:**
 
-def rebalance(
-    model: PyTree,
-    routings: Routing | Sequence[Routing],
-    rate: Real[ArrayLike, ""],
-    *,
-    where: Callable[[PyTree], Any] | None = None,
-) -> PyTree:
-    """A new `model` with the selection bias of every router moved towards balance by `rate`.
-
-    **Arguments:**
-
-    - `model`: any tree that holds routers.
-    - `routings`: one `Routing` per router, in model order, routers without a bias included (they
-        stay as they are); a single `Routing` stands for a list of one. A router stacked over
-        layers takes a `Routing` whose first axes are those layers; every other axis is summed.
-    - `rate`: a scalar, the step in units of the scores.
-    - `where`: `where(model) -> [routers]` names other routers or another order.
-
-    **Raises:** `ValueError` where the counts or the shapes of routers and routings differ, and
-    `TypeError` where `where` returns anything but routers.
-
-    **Source:** arXiv:2408.15664, algorithm 1, as in `updated_bias`.
-
-    **Example:** tokens that are all alike overload two experts, whose bias falls.
-
-        >>> import braidax as bx, jax
-        >>> router = bx.TopKRouter(32, 8, 2, key=jax.random.key(0))
-        >>> router = bx.rebalance(router, router(jax.numpy.ones((4, 32))), rate=0.5)
-        >>> sorted(router.score_correction_bias.tolist())
-        [-0.5, -0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+        >>> import braidax as bx, jax, jax.numpy as jnp
+        >>> block = bx.top_k_moe(32, 16, 8, 2, key=jax.random.key(0))
+        >>> narrow = bx.cast(block, jnp.bfloat16)
+        >>> str(narrow.experts.down.dtype), str(narrow.router.gate.weight.dtype)
+        ('bfloat16', 'float32')
     """
-    routings = [routings] if isinstance(routings, Routing) else list(routings)
+    _check_tree("model", model)
+    dtype = floating_dtype("dtype", dtype)
 
-    def find(tree: PyTree) -> list[Any]:
-        nodes = routers(tree) if where is None else where(tree)
-        return [nodes] if is_router(nodes) else list(nodes)
+    def visit(node: Any) -> Any:
+        floating = _is_parameter(node) and jnp.issubdtype(node.dtype, jnp.floating)
+        return node.astype(dtype) if floating else node
 
-    found = find(model)
-    for router in found:
-        if not is_router(router):
-            raise TypeError(f"`where` must return routers. Got {type(router).__name__}.")
-    if len(found) != len(routings):
-        raise ValueError(
-            "`routings` must hold one Routing per router of the model. "
-            f"Got {len(routings)} routings for {len(found)} routers."
-        )
-    if not found:
-        raise ValueError("`model` must hold at least one router. Got none.")
-    loads = [_layer_loads(*pair, i) for i, pair in enumerate(zip(found, routings, strict=True))]
-    new = [router.rebalanced(load, rate) for router, load in zip(found, loads, strict=True)]
-    return eqx.tree_at(find, model, new)
+    return jax.tree.map(visit, model, is_leaf=is_router)

@@ -1,14 +1,12 @@
 """Explicit meshes, on which JAX asks for the sharding of what it cannot infer."""
 
-import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-_Arrays = ParamSpec("_Arrays")
 _Result = TypeVar("_Result")
 
 
@@ -24,13 +22,3 @@ def placed_by_compiler(
             sharding = everywhere if like is None else jax.typeof(like).sharding
             return jax.sharding.auto_axes(function, out_sharding=sharding)(*arrays)
     return function(*arrays)
-
-
-def reduction_on_any_mesh(function: Callable[_Arrays, _Result]) -> Callable[_Arrays, _Result]:
-    """A function that reduces token arrays to one small array, on an Explicit mesh too."""
-
-    @functools.wraps(function)
-    def wrapper(*args: _Arrays.args, **kwargs: _Arrays.kwargs) -> _Result:
-        return placed_by_compiler(lambda args, kwargs: function(*args, **kwargs), args, kwargs)
-
-    return wrapper

@@ -4,7 +4,12 @@ The axis names of all annotations are a closed vocabulary:
 `batch tokens hidden experts experts_per_token intermediate vocab rows groups`.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
@@ -24,7 +29,11 @@ class Routing(eqx.Module):
     """Which experts each token goes to, and with what weight.
 
     A router returns it, the block computes with it, and every loss, metric and bias update is a
-    function of it. Under `jax.vmap` or `jax.lax.scan` all fields gain the mapped axis in front.
+    function of it.
+
+    Under `jax.vmap` or `jax.lax.scan` all fields gain the mapped axis in front, whether it counts
+    layers, micro-batches or examples. These axes are `stacked`, and nothing merges them unasked:
+    loads, losses and capacities are those of each call of the router.
 
     An index equal to the number of experts is *nobody*: an assignment that does not exist. It has
     no row, weight 0, and is no load. All assignments of padding are to nobody, and so are those
@@ -38,8 +47,9 @@ class Routing(eqx.Module):
     - `logits`: `(*batch, experts)` float32, of the gate, after the temperature.
     - `mask`: `(*batch,)` bool, `False` on padding: not counted, zero output, no gradient. `None`:
       no padding.
-    - `dropped`: int32 scalar, the assignments of real tokens that were not computed: nobody's, and
-      those that an exchange over a mesh had no room for.
+    - `dropped`: `(*stacked,)` int32, a scalar for one call of the router: the assignments of real
+      tokens that were not computed. These are nobody's, and those that an exchange over a mesh had
+      no room for.
 
     **Example:**
 
@@ -55,7 +65,56 @@ class Routing(eqx.Module):
     scores: Float[Array, "*batch experts"]
     logits: Float[Array, "*batch experts"]
     mask: Bool[Array, "*batch"] | None
-    dropped: Int[Array, ""]
+    dropped: Int[Array, "*stacked"]
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """The sizes of the axes in front that stacking made, `()` for one call of a router.
+
+        **Example:** three micro-batches of four tokens.
+
+            >>> import braidax as bx, jax
+            >>> router = bx.TopKRouter(32, 8, 2, key=jax.random.key(0))
+            >>> routing = jax.lax.map(router, jax.numpy.ones((3, 4, 32)))
+            >>> routing.stacked, routing.indices.shape
+            ((3,), (3, 4, 2))
+        """
+        # A call counts its drops in one number, so each axis of the counts is an axis of calls.
+        return tuple(jnp.shape(self.dropped))
+
+
+def of_each_call(function: Callable[[Routing], Array]) -> Callable[[Routing], Array]:
+    """A `function` from one call's routing to a small array, for stacked routings and any mesh.
+
+    The result has the stacked axes in front. A call compiles once, also outside of `jax.jit`.
+    """
+
+    @jax.jit
+    def reduced(routing: Routing) -> Array:
+        return placed_by_compiler(_mapped(function, routing), routing)
+
+    @functools.wraps(function)
+    def checked(routing: Routing) -> Array:
+        return reduced(check_routing(routing))
+
+    return checked
+
+
+def check_routing(routing: Any) -> Routing:
+    """`routing`, if it is a `Routing`."""
+    if not isinstance(routing, Routing):
+        raise TypeError(
+            "`routing` must be a Routing, the second of the two that a block returns. "
+            f"Got a {type(routing).__name__}."
+        )
+    return routing
+
+
+def _mapped(function: Callable[..., Array], routing: Routing) -> Callable[..., Array]:
+    """`function`, mapped over the stacked axes of `routing`."""
+    for _ in routing.stacked:
+        function = jax.vmap(function)
+    return function
 
 
 def without_masked(indices: Indices, mask: Mask | None, num_experts: int) -> Indices:
@@ -81,9 +140,11 @@ def over_capacity(routing: Routing, capacity: int) -> Routing:
     """`routing` with at most `capacity` assignments for each expert; the later ones are nobody's.
 
     Tokens earlier in the batch win, and for one token the earlier slots. Weights are not
-    normalized again. `dropped` counts what was left out. All leading axes are one batch.
+    normalized again. `dropped` counts what was left out. All batch axes are one batch, and
+    stacked routings have the capacity each.
 
-    **Raises:** `ValueError` or `TypeError` unless `capacity` is an integer of at least 0.
+    **Raises:** `ValueError` or `TypeError` unless `capacity` is an integer of at least 0, and
+    `TypeError` unless `routing` is a Routing.
 
     **Source:** the capacity of Switch Transformers (arXiv:2101.03961), section 2.2.
 
@@ -96,13 +157,14 @@ def over_capacity(routing: Routing, capacity: int) -> Routing:
         (2, [8, 8])
     """
     capacity = integer("capacity", capacity, 0)
-    num_experts = routing.scores.shape[-1]
+    num_experts = check_routing(routing).scores.shape[-1]
     indices = without_masked(routing.indices, routing.mask, num_experts)
-    place = placed_by_compiler(_places, indices, like=indices)
+    place = placed_by_compiler(_mapped(_places, routing), indices, like=indices)
     left_out = (place >= capacity) & (indices < num_experts)
     indices = jnp.where(left_out, num_experts, indices)
     weights = jnp.where(left_out, 0, routing.weights)
-    dropped = routing.dropped + jnp.sum(left_out, dtype=jnp.int32)
+    batch = tuple(range(len(routing.stacked), left_out.ndim))
+    dropped = routing.dropped + jnp.sum(left_out, axis=batch, dtype=jnp.int32)
     return Routing(indices, weights, routing.scores, routing.logits, routing.mask, dropped)
 
 

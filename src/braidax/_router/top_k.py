@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Real
 
-from .._balance import updated_bias
-from .._checks import array_kind, experts_per_token, integer, positive_integer
+from .._balance import check_bias_dtype, updated_bias
+from .._checks import experts_per_token, integer, positive_integer
 from .._routing import InputIds, Scores
 from .base import AbstractRouter, Selection
 from .gate import Gate, GateOptions
@@ -21,9 +21,9 @@ class TopKRouter(AbstractRouter):
     gradient reaches it (`updated_bias` and `rebalance` move it instead). Equal scores are won by
     the lower expert index. A token with a NaN score, or any NaN in the bias, gets NaN weights.
 
-    `score_correction_bias` is float32 whatever the dtype of the parameters: smaller formats lose
-    the small steps it is updated with. Known elsewhere as `gate.bias` or
-    `e_score_correction_bias`.
+    `score_correction_bias` is float32 whatever the dtype of the parameters, and a narrower one is
+    refused. Smaller formats lose the small steps it is updated with, and choose other experts. Cast
+    a model by `braidax.cast`. Known elsewhere as `gate.bias` or `e_score_correction_bias`.
 
     - `gate`: the `Gate`.
     - `score_correction_bias`: `(experts,)`, 0 at construction.
@@ -140,7 +140,7 @@ def _keep_best_groups(corrected: Scores, num_groups: int, num_selected: int) -> 
 
 def _check_bias(bias: Array, num_experts: int) -> None:
     """The bias may have been replaced since construction; an odd shape would broadcast."""
-    array_kind("score_correction_bias", bias, jnp.floating)
+    check_bias_dtype("score_correction_bias", bias)
     if bias.shape != (num_experts,):
         raise ValueError(
             f"`score_correction_bias` must have shape (experts={num_experts},). Got {bias.shape}."

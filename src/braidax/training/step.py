@@ -9,7 +9,8 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._balance import expert_load, max_violation
-from .._filters import decay_mask, rebalance, trainable
+from .._bias_update import rebalance
+from .._filters import decay_mask, trainable
 from .._routing import Routing
 from .model import LanguageModel
 from .settings import Settings
