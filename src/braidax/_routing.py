@@ -71,11 +71,11 @@ class Routing(eqx.Module):
     def stacked(self) -> tuple[int, ...]:
         """The sizes of the axes in front that stacking made, `()` for one call of a router.
 
-        **Example:** three micro-batches of four tokens.
+        **Example:** three examples of four tokens.
 
             >>> import braidax as bx, jax
             >>> router = bx.TopKRouter(32, 8, 2, key=jax.random.key(0))
-            >>> routing = jax.lax.map(router, jax.numpy.ones((3, 4, 32)))
+            >>> routing = jax.vmap(router)(jax.numpy.ones((3, 4, 32)))
             >>> routing.stacked, routing.indices.shape
             ((3,), (3, 4, 2))
         """
