@@ -25,10 +25,10 @@ def test_the_training_step_runs_as_written():
         output, routing = model(tokens)
         return jnp.mean(output**2), [routing]
 
-    names = {"bx": bx, "eqx": eqx, "optax": optax, "loss_function": loss_function}
+    names = {"bx": bx, "eqx": eqx, "jax": jax, "optax": optax, "loss_function": loss_function}
     exec(recipe, names)
     tokens = jax.random.normal(jax.random.key(1), (64, config.hidden_size))
-    state = names["optimizer"].init(eqx.filter(model, eqx.is_inexact_array))
+    state = names["optimizer"].init(eqx.filter(model, bx.trainable(model)))
     trained, _, loss = names["step"](model, state, tokens)
 
     np.testing.assert_allclose(float(loss), float(loss_function(model, tokens)[0]), rtol=1e-5)
