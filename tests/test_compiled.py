@@ -155,8 +155,8 @@ def test_bfloat16_weights_are_widened_one_expert_at_a_time(tokens):
     """XLA on a CPU would widen the whole stack to float32 before the loop: twice its own size.
     With 4 tokens inference takes single rows, with 32 tiles, with 1024 the loop over blocks."""
     hidden, intermediate, experts, slots = sizes = (256, 512, 64, 6)
-    parameters, forward, gradient = functions(top_k_block(sizes, backend="blocks"))
-    parameters = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parameters)
+    block = bx.cast(top_k_block(sizes, backend="blocks"), jnp.bfloat16)
+    parameters, forward, gradient = functions(block)
     inputs = jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16)
     stack = 2 * experts * 3 * hidden * intermediate
     temporary, _ = temporary_and_output_bytes(forward, shapes_of(parameters), inputs)

@@ -101,10 +101,7 @@ def test_activations_and_biases(activation):
 
 
 def test_bfloat16():
-    narrow = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.bfloat16), eqx.filter(make_block(), eqx.is_array)
-    )
-    block = eqx.combine(narrow, make_block())
+    block = bx.cast(make_block(), jnp.bfloat16)
     assert block(TOKENS.astype(jnp.bfloat16))[0].dtype == jnp.bfloat16
 
 
