@@ -35,7 +35,7 @@ MUTANTS = (
     Mutant(
         "an unknown id gives NaN",
         "_router/base.py",
-        "weights = jnp.where(undefined, jnp.nan, zero_masked(weights, mask))",
+        "weights = undefined_where(undefined, zero_masked(weights, mask))",
         "weights = zero_masked(weights, mask)",
         ("hazards_run_time::ids_outside_the_table_poison_their_tokens_only[blocks]",),
     ),
@@ -84,7 +84,7 @@ MUTANTS = (
     Mutant(
         "a replayed index of no expert gives NaN",
         "_replay.py",
-        "weights = jnp.where(valid.all(axis=-1, keepdims=True), routing.weights, jnp.nan)",
+        "weights = undefined_where(~valid.all(axis=-1, keepdims=True), routing.weights)",
         "weights = routing.weights",
         ("moe::replaying_an_index_of_no_expert_poisons_its_token_only[-1-blocks]",),
     ),

@@ -14,6 +14,7 @@ import optax
 import pytest
 from cases import (
     EXPERTS,
+    HIDDEN,
     ROUTERS,
     SLOTS,
     assert_close,
@@ -317,3 +318,36 @@ def test_a_jitted_call_can_be_exported_donated_and_run_without_jit():
     donated = jnp.array(hidden_states)
     assert_close(jax.jit(lambda x: block(x)[0], donate_argnums=0)(donated), desired)
     assert donated.is_deleted()
+
+
+@pytest.mark.parametrize("backend", slow_but_one(["blocks", "ragged", "dense"]))
+def test_a_program_is_exported_once_for_any_number_of_tokens(backend, unchecked):
+    """`unchecked`, as a symbolic size is no `int` to the annotations."""
+    block = make_block(bx, "hash", backend)
+
+    def call(hidden_states, input_ids):
+        output, routing = block(hidden_states, input_ids)
+        limited = bx.over_capacity(routing, 2)
+        return output, bx.expert_load(limited), bx.batch_balance_loss(routing)
+
+    (tokens,) = jax.export.symbolic_shape("tokens")
+    shapes = ((tokens, HIDDEN), jnp.float32), ((tokens,), jnp.int32)
+    exported = jax.export.export(jax.jit(call))(*(jax.ShapeDtypeStruct(*s) for s in shapes))
+    for number in (1, 9, 300):
+        inputs = make_inputs((number,))
+        (output, load, loss), desired = exported.call(*inputs), call(*inputs)
+        assert_close(output, desired[0])
+        assert load.tolist() == desired[1].tolist()
+        assert_close(loss, desired[2])
+
+
+@pytest.mark.slow
+def test_a_gradient_is_exported_for_any_number_of_tokens(unchecked):
+    parameters, _, gradient = functions(make_block(bx, "top_k", "blocks"))
+    (tokens,) = jax.export.symbolic_shape("tokens")
+    shape = jax.ShapeDtypeStruct((tokens, HIDDEN), jnp.float32)
+    exported = jax.export.export(jax.jit(gradient))(parameters, shape)
+    hidden_states, _ = make_inputs((9,))
+    got, desired = exported.call(parameters, hidden_states), gradient(parameters, hidden_states)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(desired), strict=True):
+        assert_close(a, b)

@@ -390,3 +390,12 @@ def test_a_group_with_one_good_expert_beats_a_group_with_none():
     logits = jnp.asarray([-jnp.inf, -jnp.inf, 5.0, -jnp.inf])
     indices, _ = router.select(bx.sqrt_softplus(logits), logits, None, key=None)
     assert int(indices[0]) == 2
+
+
+@pytest.mark.hazard(15)
+def test_groups_without_tokens():
+    router = bx.TopKRouter(HIDDEN, 8, 2, num_groups=4, num_selected_groups=2, key=jax.random.key(0))
+    for batch in ((0,), (3, 0)):
+        routing = router(jnp.zeros((*batch, HIDDEN)))
+        assert routing.indices.shape == routing.weights.shape == (*batch, 2)
+        assert bx.over_capacity(routing, 1).indices.shape == (*batch, 2)

@@ -256,3 +256,42 @@ def test_the_loop_does_work_in_proportion_to_the_assignments():
     assert int(_plan(everything_on_one, 4096, 80).count) == 52
     assert int(_plan(spread, 4096, 80).count) == 64
     assert int(_plan(jnp.zeros(64, jnp.int32), 4096, 80).count) == 0
+
+
+@pytest.mark.hazard(45)
+@every_kind
+def test_numpy_leaves_give_the_same_bits(kind):
+    """As `jax.device_get` or a checkpoint restores them; compiled and not."""
+    block = make_block(bx, kind, "blocks")
+    hidden_states, input_ids = make_inputs((4,))
+    group_sizes, product = jnp.asarray([1, 0, 2, 1, 0]), bx.GroupedMatmul(bx.matmul.Blocks())
+    calls = {
+        "block": (block, (hidden_states, input_ids)),
+        "router": (block.routed.router, (hidden_states, input_ids)),
+        "gate": (block.routed.router.gate, (hidden_states,)),
+        "shared": (block.shared, (hidden_states,)),
+        "experts": (block.routed.experts, (hidden_states, group_sizes, product)),
+    }
+    for name, (module, arguments) in calls.items():
+        restored = jax.device_get(module)
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(restored)), name
+        for jit in (True, False):
+            with jax.disable_jit(not jit):
+                got, desired = restored(*arguments), module(*arguments)
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(desired), strict=True):
+                np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
+
+
+def test_looking_for_nan_finds_none_in_a_healthy_block():
+    """Operation by operation: nothing makes a NaN that a select then leaves out."""
+    block = make_block(bx, "hash", "blocks")
+    hidden_states, input_ids = make_inputs((4,))
+    with jax.disable_jit(), jax.debug_nans(True):
+        value, gradient = eqx.filter_value_and_grad(loss)(block, hidden_states, input_ids)
+        _, routing = block(hidden_states, input_ids)
+        again, _ = block(hidden_states, routing=routing)
+        losses = bx.sequence_balance_loss(routing) + bx.router_z_loss(routing)
+        with pytest.raises(FloatingPointError):  # a token that has no answer
+            block(hidden_states, input_ids.at[1].set(-1))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, gradient, losses)))
+    assert_close(jnp.sum(jnp.sin(again)), value)

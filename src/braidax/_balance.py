@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, ArrayLike, Float, Int32, Integer, Real
 
 from ._checks import array_kind
@@ -13,6 +14,15 @@ from ._routing import Routing, of_each_call, without_masked
 
 Load = Real[Array, "*layers experts"]
 _COUNTS = (jnp.integer, jnp.floating)  # floats: means of loads over steps
+
+
+def count_sorted(indices: Int32[Array, " rows"], num_experts: int) -> Int32[Array, " experts"]:
+    """Number of entries of ascending `indices` equal to each expert."""
+    if is_symbolic_dim(indices.size):  # `searchsorted` needs to know how many steps it takes
+        equal = indices[:, None] == jnp.arange(num_experts, dtype=indices.dtype)
+        return jnp.sum(equal, axis=0, dtype=jnp.int32)
+    edges = jnp.searchsorted(indices, jnp.arange(num_experts + 1, dtype=indices.dtype))
+    return jnp.diff(edges).astype(jnp.int32)
 
 
 @of_each_call
@@ -37,9 +47,7 @@ def expert_load(routing: Routing) -> Int32[Array, "*stacked experts"]:
     num_experts = routing.scores.shape[-1]
     indices = without_masked(routing.indices, routing.mask, num_experts)
     # Sorted, because a scatter is slow on accelerators and a one-hot as large as the scores.
-    ordered = jnp.sort(indices.reshape(-1))
-    edges = jnp.searchsorted(ordered, jnp.arange(num_experts + 1, dtype=indices.dtype))
-    return jnp.diff(edges).astype(jnp.int32)
+    return count_sorted(jnp.sort(indices.reshape(-1)), num_experts)
 
 
 def max_violation(load: Load) -> Float[Array, "*layers"]:

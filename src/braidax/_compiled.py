@@ -6,6 +6,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 _Parameters = ParamSpec("_Parameters")
@@ -15,6 +16,7 @@ _Result = TypeVar("_Result")
 def compiled(method: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """`method`, compiled by `eqx.filter_jit`, with ids that keep their meaning.
 
+    Arrays of numpy in the module become arrays of JAX first, also where JAX is told not to compile.
     JAX cuts a 64-bit integer of numpy to its lower 32 bits, so that the id 2**32 + 5 becomes 5.
     `eqx.filter_jit` compiles anew for every Python number.
     """
@@ -23,9 +25,13 @@ def compiled(method: Callable[_Parameters, _Result]) -> Callable[_Parameters, _R
     @functools.wraps(method)
     def call(self, /, *arguments, **options):
         arguments, options = jax.tree.map(_within_int32, (arguments, options))
-        return jitted(self, *arguments, **options)
+        return jitted(jax.tree.map(_as_jax, self), *arguments, **options)
 
     return call
+
+
+def _as_jax(leaf: Any) -> Any:
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def _within_int32(value: Any) -> Any:

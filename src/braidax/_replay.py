@@ -4,7 +4,15 @@ import jax.numpy as jnp
 
 from ._checks import at_least_int32
 from ._router import AbstractRouter, check_hidden_states, check_mask
-from ._routing import HiddenStates, Mask, Routing, count_nobody, without_masked, zero_masked
+from ._routing import (
+    HiddenStates,
+    Mask,
+    Routing,
+    count_nobody,
+    undefined_where,
+    without_masked,
+    zero_masked,
+)
 
 
 def replayed(
@@ -24,7 +32,7 @@ def replayed(
     indices = jnp.where(valid, indices, 0).astype(jnp.int32)
     indices = without_masked(indices, mask, num_experts)
     nobody = indices == num_experts
-    weights = jnp.where(valid.all(axis=-1, keepdims=True), routing.weights, jnp.nan)
+    weights = undefined_where(~valid.all(axis=-1, keepdims=True), routing.weights)
     weights = zero_masked(jnp.where(nobody, 0, weights), mask)
     dropped = count_nobody(indices, mask, num_experts)
     return Routing(indices, weights, routing.scores, routing.logits, mask, dropped)

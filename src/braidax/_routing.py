@@ -136,6 +136,16 @@ def zero_masked(
     return array if mask is None else jnp.where(mask[..., None], array, 0)
 
 
+def undefined_where(
+    undefined: Bool[Array, "*batch _"], array: Float[Array, "*batch size"]
+) -> Float[Array, "*batch size"]:
+    """`array`, with NaN where `undefined`. The derivative there is 0.
+
+    NaN is made of 0 / 0: `jax_debug_nans` reports a constant NaN although nothing takes it."""
+    divisor = jnp.where(undefined, 0, jnp.ones_like(array))
+    return jnp.where(undefined, 0, array) / divisor
+
+
 def over_capacity(routing: Routing, capacity: int) -> Routing:
     """`routing` with at most `capacity` assignments for each expert; the later ones are nobody's.
 
@@ -173,7 +183,8 @@ def _places(indices: Indices) -> Indices:
     flat = indices.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     ordered = flat[order]
-    first = jnp.searchsorted(ordered, ordered, side="left")
-    places = jnp.arange(flat.size, dtype=jnp.int32) - first.astype(jnp.int32)
+    position = jnp.arange(flat.size, dtype=jnp.int32)
+    first = jax.lax.cummax(jnp.where(ordered == jnp.roll(ordered, 1), 0, position))
+    places = position - first
     place = jnp.zeros(flat.shape, jnp.int32).at[order].set(places, unique_indices=True)
     return place.reshape(indices.shape)

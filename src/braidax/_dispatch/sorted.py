@@ -6,11 +6,13 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Int
 
+from .._balance import count_sorted
 from .._checks import boolean
 from .._experts import AbstractExperts
-from .._matmul import AbstractGroupedMatmul, GroupedMatmul, accumulation_dtype
+from .._matmul import LARGEST_BLOCK, AbstractGroupedMatmul, GroupedMatmul, accumulation_dtype
 from .._routing import Routing
 from .base import AbstractDispatch, checked_kernel
 
@@ -53,7 +55,11 @@ class SortedDispatch(AbstractDispatch):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         rows = spread(tokens, plan.order, plan.inverse, slots)
         compute = eqx.filter_checkpoint(experts) if self.remat else experts
-        rows = compute(rows, plan.group_sizes, GroupedMatmul(checked_kernel(self.matmul)))
+        product = GroupedMatmul(checked_kernel(self.matmul))
+        if is_symbolic_dim(rows.shape[0]):
+            # Rows of nobody, so that a block of a size that is known now fits among them.
+            rows = jnp.pad(rows, ((0, LARGEST_BLOCK), (0, 0)))
+        rows = compute(rows, plan.group_sizes, product)[: plan.order.size]
         # As a spread with one slot: the weight of every row.
         weights = spread(routing.weights.reshape(-1), plan.order, plan.inverse, 1)
         rows = rows * weights[:, None].astype(rows.dtype)
@@ -136,8 +142,7 @@ def plan_rows(indices: Int[Array, " rows"], num_experts: int) -> RowPlan:
         .at[order]
         .set(positions, mode="promise_in_bounds", unique_indices=True)
     )
-    edges = jnp.searchsorted(experts, jnp.arange(num_experts + 1, dtype=experts.dtype))
-    return RowPlan(order, inverse, jnp.diff(edges).astype(jnp.int32))
+    return RowPlan(order, inverse, count_sorted(experts, num_experts))
 
 
 def _sort(
@@ -147,7 +152,7 @@ def _sort(
 
     Both in one number where 32 bits hold them: on a CPU three times faster than to sort pairs.
     """
-    bits = positions.size.bit_length()
+    bits = 31 if is_symbolic_dim(positions.size) else positions.size.bit_length()
     if (num_experts + 1) << bits > 2**31:
         experts, order = jax.lax.sort((experts, positions), num_keys=1, is_stable=True)
         return experts, order

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int
 
-_LARGEST_BLOCK = 512
+LARGEST_BLOCK = 512
+_UNKNOWN_MEAN = 51  # rows of a group where a program is exported for any number of tokens
 
 
 class _Blocks(NamedTuple):
@@ -61,8 +63,8 @@ def block_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
     and a half and a quarter for small groups. Each size is compiled, which rules out more. Under 8
     rows the choice costs more than it saves.
     """
-    mean = -(-num_rows // num_groups)
-    largest = min(-(-mean * 5 // 32) * 8, _LARGEST_BLOCK, num_rows)
+    mean = _UNKNOWN_MEAN if is_symbolic_dim(num_rows) else -(-num_rows // num_groups)
+    largest = min(-(-mean * 5 // 32) * 8, LARGEST_BLOCK, num_rows)
     smaller = {-(-largest * eighths // 64) * 8 for eighths in (2, 4, 5, 6, 7)}
     return (*sorted(size for size in smaller if 8 <= size < largest), largest)
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jaxtyping import Array
 
 from .base import AbstractGroupedMatmul
@@ -71,9 +72,10 @@ class Blocks(AbstractGroupedMatmul):
     def forward(self, rows, weights, group_sizes, activation):
         """As `AbstractGroupedMatmul.forward`."""
         num_rows, num_groups = rows.shape[0], weights.up.shape[0]
-        if are_single_rows(num_rows, num_groups):
+        known = not is_symbolic_dim(num_rows)
+        if known and are_single_rows(num_rows, num_groups):
             return forward_single_rows(rows, weights, group_sizes, activation)
-        size = tile_size(num_rows, num_groups)
+        size = tile_size(num_rows, num_groups) if known else None
         if size is not None:
             return forward_few_rows(rows, weights, group_sizes, activation, size)
 

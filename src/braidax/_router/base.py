@@ -17,6 +17,7 @@ from .._routing import (
     Routing,
     Scores,
     count_nobody,
+    undefined_where,
     without_masked,
     zero_masked,
 )
@@ -113,7 +114,7 @@ class AbstractRouter(eqx.Module):
         weights = self.gate.weigh(scores, indices)
         # A select: nothing that comes back through padding may reach the gate.
         undefined = ~defined[..., None] & (indices < scores.shape[-1])
-        weights = jnp.where(undefined, jnp.nan, zero_masked(weights, mask))
+        weights = undefined_where(undefined, zero_masked(weights, mask))
         dropped = count_nobody(indices, mask, scores.shape[-1])
         return Routing(indices, weights, scores, logits, mask, dropped)
 

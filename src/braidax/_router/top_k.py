@@ -122,7 +122,8 @@ class TopKRouter(AbstractRouter):
 
 def _keep_best_groups(corrected: Scores, num_groups: int, num_selected: int) -> Scores:
     """Experts outside the selected groups become -inf: 0 would beat a negative biased score."""
-    grouped = corrected.reshape(*corrected.shape[:-1], num_groups, -1)
+    *batch, num_experts = corrected.shape
+    grouped = corrected.reshape(*batch, num_groups, num_experts // num_groups)
     # Finite for the ranking of groups: beside one -inf a good expert must still count.
     largest = float(jnp.finfo(grouped.dtype).max) / 4
     finite = jnp.clip(grouped, -largest, largest)
