@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_runs import SENTENCE, TINY, compiled_step, share_compiled_steps
+from training_runs import SENTENCE, TINY, compiled_step
 
 import braidax
 from braidax import _atomic_file
@@ -51,8 +51,8 @@ def like_arrays(settings):
 def run(tmp_path, monkeypatch):
     """`(settings, folder)` of a run of six steps that uses the compiled step."""
     (tmp_path / "text.txt").write_bytes(SENTENCE * 200)
-    share_compiled_steps(monkeypatch)
-    settings = dataclasses.replace(TINY, steps=6, text=str(tmp_path / "text.txt"))
+    changes = {"steps": 6, "log_every": 1, "checkpoint_every": 2}
+    settings = dataclasses.replace(TINY, text=str(tmp_path / "text.txt"), **changes)
     monkeypatch.setattr(loop, "make_step", lambda settings: compiled_step(TINY))
     return settings, tmp_path / "out"
 

@@ -7,7 +7,7 @@ from braidax.training import Settings, loop, make_step
 
 SIZES = {"hidden": 16, "layers": 2, "heads": 2, "experts": 4, "intermediate": 8}
 SIZES |= {"batch": 4, "length": 16, "eval_windows": 8}
-TINY = Settings(steps=60, learning_rate=0.01, log_every=1, checkpoint_every=2, **SIZES)
+TINY = Settings(steps=300, learning_rate=0.01, log_every=10, checkpoint_every=20, **SIZES)
 SENTENCE = b"routers choose, experts compute, sums return.\n\n\n"
 _NOT_COMPILED = {"text": None, "log_every": 1, "checkpoint_every": 1, "eval_windows": 1}
 
