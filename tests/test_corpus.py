@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import inspect
 import os
 import pathlib
 
@@ -11,9 +12,10 @@ from braidax.training import (
     UserError,
     held_out_windows,
     read_corpus,
+    reports,
     training_windows,
 )
-from braidax.training.reports import bits_per_byte, held_out_batches
+from braidax.training.devices import Devices
 
 
 def write_files(folder, contents):
@@ -161,10 +163,19 @@ def test_held_out_windows_are_fixed_disjoint_and_spread():
     assert every.shape == (10, 10) and every.ravel().tolist() == list(range(100))
 
 
-def test_the_held_out_pass_is_over_whole_batches_and_its_loss_is_their_mean(tmp_path):
+def test_the_held_out_pass_is_over_whole_batches_and_its_loss_is_their_mean(tmp_path, monkeypatch):
     """200 bytes are 20 held out, 5 windows of 4: two batches of 2, and one window left out."""
     (tmp_path / "text").write_bytes(bytes(range(1, 201)))
     settings = Settings(batch=2, length=3, eval_windows=100)
-    batches = held_out_batches(settings, read_corpus(str(tmp_path / "text")))
+    batches = reports.held_out_batches(settings, read_corpus(str(tmp_path / "text")))
     assert batches.shape == (2, 2, 4) and batches[:, :, 0].tolist() == [[181, 185], [189, 193]]
-    assert bits_per_byte([np.log(2), 4 * np.log(2)]) == 2.5
+    losses = {181: np.log(2), 189: 4 * np.log(2)}
+
+    def evaluate(model, windows):
+        first = int(windows[0, 0])
+        return np.float64(losses[first]), (np.array([first, 1]),), f"routings of {first}"
+
+    monkeypatch.setattr(reports, "evaluate", evaluate)
+    bits, loads, routings = inspect.unwrap(reports.held_out_pass)(batches, Devices(None), None)
+    assert bits == pytest.approx(2.5, rel=1e-7) and loads.tolist() == [[370, 2]]
+    assert routings == ("routings of 181", "routings of 189")

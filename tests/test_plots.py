@@ -42,6 +42,16 @@ def test_load_of_routings():
     np.testing.assert_array_equal(image.get_array(), [[2, 2, 0, 0]])
 
 
+def test_stacked_layers_are_rows_of_their_own(unchecked):
+    """Two layers of a scan, of which the sum is balanced and neither is."""
+    stacked = one_routing([[[0, 1]], [[2, 3]]], dropped=[0, 0])
+    image = bx.plot_load([one_routing([[0, 3]]), stacked]).images[0]
+    np.testing.assert_array_equal(image.get_array(), [[2, 0, 0, 2], [2, 2, 0, 0], [0, 0, 2, 2]])
+    for plot in (bx.plot_weights, bx.plot_coactivation, bx.plot_token_experts):
+        with pytest.raises(ValueError, match=r"`routing` must be of one layer.*over \(2,\)"):
+            plot(stacked)
+
+
 def test_many_layers_thin_out_their_names():
     ax = bx.plot_load(np.ones((61, 384), int))
     assert len(ax.get_yticks()) <= 32
@@ -55,7 +65,7 @@ def test_balance_draws_a_line_per_layer_and_zero(layers):
     assert len(ax.lines) == layers + 1
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), np.arange(5))
     np.testing.assert_array_equal(ax.lines[-1].get_ydata(), [0, 0])
-    assert (ax.get_legend() is not None) == (layers <= 7)
+    assert len(ax.get_legend().get_texts()) == min(layers, 7) + 1
     assert ax.get_ylim()[0] < 0  # the line at 0 is not on the frame
     assert "MaxVio" in ax.get_ylabel() and png(ax)
 

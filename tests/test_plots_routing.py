@@ -60,6 +60,20 @@ def test_bias_is_drawn_less_its_mean_at_each_step():
     assert "mean over experts" in ax.get_ylabel() and ax.get_xlabel() == "Training step"
 
 
+def test_of_many_experts_the_farthest_have_a_colour_and_a_name():
+    ends = np.arange(16) - 7.5
+    ends[[3, 8]] = ends[[8, 3]]
+    ax = bx.plot_bias(np.arange(30), np.linspace(0, 1, 30)[:, None] * ends)
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["15", "14", "13", "2", "1", "0", "10 more experts", "mean of experts"]
+    colours = [to_rgb(line.get_color()) for line in ax.lines[:16]]
+    named = [colours[expert] for expert in (15, 14, 13, 2, 1, 0)]
+    others = set(colours) - set(named)
+    assert len(set(named)) == 6 and len(others) == 1
+    shown = [to_rgb(handle.get_color()) for handle in ax.get_legend().legend_handles]
+    assert shown[:6] == named and set(shown[6:7]) == others
+
+
 def test_bias_hides_no_number_that_is_not_finite():
     bias = np.zeros((2, 3), np.float32)
     bias[1, 2] = np.nan
@@ -122,6 +136,35 @@ def test_coactivation_against_sets(experts_per_token):
     expected, defined = conditional(indices, mask, 8)
     np.testing.assert_array_equal(~np.ma.getmaskarray(image), defined)
     np.testing.assert_array_equal(image.filled(0), expected)
+
+
+def coloured(ax):
+    """Row and column of the cells that differ from chance, in what is drawn."""
+    image = ax.images[0]
+    off_diagonal = ~np.ma.getmaskarray(image.get_array())
+    assert to_rgb(ax.get_facecolor()) == (1, 1, 1)
+    return np.argwhere(off_diagonal & (image.get_alpha() > 0)).tolist()
+
+
+def test_sampling_noise_has_no_colour():
+    """Two counts a cell: 240 tokens, chosen at random, of 16 experts, two each. Every 20th picture
+    may show a cell, and of 20 pictures these show none."""
+    generator = np.random.default_rng(0)
+    order = np.argsort(generator.random((20, 240, 16)), axis=2)[:, :, :2]
+    for indices in order:
+        ax = bx.plot_coactivation(routing(indices, experts=16))
+        assert ax.images[0].get_array().min() == 0 and coloured(ax) == []
+    assert coloured(bx.plot_coactivation([routing(indices, experts=16) for indices in order])) == []
+
+
+def test_pairs_beyond_chance_have_a_colour():
+    """Experts 3 and 9 in one more token of fifty, and never 0 and 1."""
+    generator = np.random.default_rng(1)
+    indices = np.argsort(generator.random((8000, 16)), axis=1)[:, :2]
+    indices = indices[(np.sort(indices, axis=1) != [0, 1]).any(axis=1)]
+    indices[: len(indices) // 50] = [3, 9]
+    found = coloured(bx.plot_coactivation(routing(indices, experts=16)))
+    assert found == [[0, 1], [1, 0], [3, 9], [9, 3]]
 
 
 def test_coactivation_ignores_what_padding_holds():
@@ -299,7 +342,7 @@ def test_token_mistakes_are_named():
         plot(one, [1.5])
     with pytest.raises(TypeError, match="`tokens` must be a sequence.*Got 3"):
         plot(one, 3)
-    with pytest.raises(TypeError, match="`decode` must return a string. Got b'a' for 3"):
+    with pytest.raises(TypeError, match="`decode` must return a string. Got b'a' for id 3"):
         plot(one, [3], decode=lambda number: b"a")
     for text in ("a", b"a", ["a"]):
         with pytest.raises(ValueError, match="`decode` needs `tokens` that are ids"):

@@ -13,7 +13,7 @@ from routings import one_routing
 import braidax as bx
 from braidax._inspect.counts import coactivations, entropy, max_violation, token_sums
 from braidax._inspect.records import load_bars
-from braidax._inspect.token_counts import TokenCounts
+from braidax._inspect.top_tokens import TokenCounts
 
 # Four tokens; the last is padding, the third names an expert twice.
 INDICES = [[0, 1], [0, 2], [0, 0], [3, 3]]
@@ -185,7 +185,7 @@ def test_hash_layers_are_told_apart_and_stacked_layers_split(model, getkey):
 
 
 def test_stacked_layers_of_a_scan(model, getkey):
-    """The layers are told from the router; a batch axis of the same length is not one."""
+    """The layers are told from the router, and without it from the stacked calls."""
     hidden_states = jax.random.normal(getkey(), (2, 32))
     arrays, static = eqx.partition(model[1], eqx.is_array)
 
@@ -193,10 +193,20 @@ def test_stacked_layers_of_a_scan(model, getkey):
         return carry, eqx.combine(layer, static).router(carry)
 
     stacked = jax.lax.scan(step, hidden_states, arrays)[1]
-    split, whole = bx.report(stacked, model=model[1]), bx.report(stacked)
-    assert (split.load.shape, whole.load.shape) == ((2, 8), (1, 8))
-    assert split.load.sum(axis=0).tolist() == whole.load[0].tolist()
-    assert split.num_tokens.tolist() == [2, 2] and whole.num_tokens.tolist() == [4]
+    wanted = [np.bincount(np.ravel(layer), minlength=8).tolist() for layer in stacked.indices]
+    assert wanted[0] != wanted[1]
+    for report in (bx.report(stacked, model=model[1]), bx.report(stacked)):
+        assert report.load.tolist() == wanted and report.num_tokens.tolist() == [2, 2]
+    mixed = bx.report([model[1].router.__class__(32, 8, 2, key=getkey())(hidden_states), stacked])
+    assert mixed.load[1:].tolist() == wanted and mixed.layer_names == ("0", "1", "2")
+
+
+def test_stacked_calls_of_one_router_are_one_layer_of_a_model(getkey):
+    router = bx.TopKRouter(32, 8, 2, key=getkey())
+    examples = jax.vmap(router)(jax.random.normal(getkey(), (3, 5, 32)))
+    load = np.bincount(np.ravel(examples.indices), minlength=8).tolist()
+    assert bx.report(examples, model=router).load.tolist() == [load]
+    assert bx.report(examples).load.shape == (3, 8)
 
 
 def test_tokens_without_an_answer_are_counted_apart():
@@ -245,8 +255,7 @@ def test_a_single_expert():
     assert report.max_violation.tolist() == [0]
 
 
-def test_token_counts_are_merged_and_wide_ids_kept(monkeypatch):
-    monkeypatch.setattr("braidax._inspect.token_counts._MERGE_AT_LEAST", 3)
+def test_token_counts_are_merged_and_wide_ids_kept():
     counts, wide = TokenCounts(), 2**62
     for ids in ([1, 1], [wide, 1], [2, wide], [wide, wide]):
         counts.add(np.array([[0], [1]]), np.array(ids))
@@ -317,7 +326,10 @@ def test_mistakes_are_named(unchecked, model):
     other = r"`routings\[0\]` must come from a router of 8 experts. Got 4"
     says(ValueError, other, routing, model=model[0])
     eight = one_routing(np.zeros((5, 2)), experts=8)
-    says(ValueError, r"must start with the layer axes \(2,\)", eight, model=model[1])
+    layers = r"must be stacked over the layers \(2,\) of its router and over nothing else. Got "
+    says(ValueError, layers + r"\(\)", eight, model=model[1])
+    micro = one_routing(np.zeros((2, 2, 5, 2)), experts=8, dropped=np.zeros((2, 2)))
+    says(ValueError, layers + r"\(2, 2\)", micro, model=model[1])
     says(ValueError, "`model` must hold a router. Got a list", routing, model=[jnp.ones(3)])
     says(ValueError, r"have the batch axes.*Got \(3,\).$", routing, input_ids=IDS[:3])
     says(TypeError, "`input_ids` must have an integer dtype", routing, input_ids=IDS * 1.0)
@@ -325,17 +337,17 @@ def test_mistakes_are_named(unchecked, model):
     says(ValueError, "one array per batch. Got more", [[routing]], input_ids=[IDS, IDS])
     says(TypeError, "not an iterator", [[routing]], input_ids=iter([IDS]))
     says(ValueError, "one name per layer. Got 2 for 1", routing, layer_names=["a", "b"])
-    # Of layers stacked in a Routing, what tells them apart is said where something does not fit.
     stacked = one_routing(np.zeros((2, 4, 2)), experts=8, dropped=[0, 0])
-    told_apart = "told apart by `model`"
-    says(ValueError, f"Got 2 for 1 layers.*{told_apart}", stacked, layer_names=["a", "b"])
-    says(ValueError, rf"\(2, 4\). Got \(4,\).*{told_apart}", stacked, input_ids=IDS)
+    says(ValueError, "Got 1 for 2 layers.$", stacked, layer_names=["a"])
+    both = r"\(4,\). Got \(2, 4\)."
+    says(ValueError, f"{both} Without `model`, each call", stacked, input_ids=[IDS, IDS])
+    says(ValueError, f"{both}$", stacked, input_ids=[IDS, IDS], model=model[1])
     split = {"model": model[1]}
     says(ValueError, "Got 1 for 2 layers.$", stacked, layer_names=["a"], **split)
     one = one_routing(np.zeros((2, 4, 2)), experts=8)
     says(ValueError, r"\(2, 4\). Got \(4,\).$", one, input_ids=IDS, model=model[0])
     says(ValueError, "`num_top_tokens` must be at least 1", routing, num_top_tokens=0)
-    not_text = "`decode` must return a str. Got 7 for id 7"
+    not_text = "`decode` must return a string. Got 7 for id 7"
     says(TypeError, not_text, routing, input_ids=IDS, decode=int)
     with pytest.raises(TypeError, match=r"`routings\[0\]` must be concrete"):
         jax.jit(lambda routing: bx.report(routing).load)(routing)

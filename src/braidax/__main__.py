@@ -44,10 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A path may hold bytes that are no text; printing it must not end the run.
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    parser = _Parser(prog="python -m braidax", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_train, _add_report, _add_summary):
-        add(commands)
+    parser = _parser()
     options = vars(parser.parse_args(arguments))
     try:
         return options.pop("run")(**options) or 0
@@ -62,30 +59,27 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _folder(name: str) -> pathlib.Path:
-    if "\0" in name:
-        raise argparse.ArgumentTypeError("a name must not hold a zero byte")
-    return pathlib.Path(name)
-
-
-def _add_train(commands: argparse._SubParsersAction) -> None:
-    title = "train a small byte-level language model with mixture-of-experts layers"
-    parser = commands.add_parser("train", help=title, description=f"{title.capitalize()}.")
-    parser.epilog = "Ctrl-C or SIGTERM saves a checkpoint and prints the command that continues."
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m braidax", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     folder: dict[str, Any] = {"type": _folder, "metavar": "DIR"}
-    parser.add_argument("--out", **folder, help="what to write to (default: runs/<UTC date>)")
-    parser.add_argument(
-        "--resume", **folder, help="continue the run in DIR exactly, with its settings"
-    )
-    parser.add_argument(
+
+    title = "train a small byte-level language model with mixture-of-experts layers"
+    command = commands.add_parser("train", help=title, description=f"{title.capitalize()}.")
+    command.epilog = "Ctrl-C or SIGTERM saves a checkpoint and prints the command that continues."
+    command.set_defaults(run=_train)
+    add = command.add_argument
+    add("--out", **folder, help="what to write to (default: runs/<UTC date>)")
+    add("--resume", **folder, help="continue the run in DIR exactly, with its settings")
+    add(
         "--expert-parallel",
         **_KINDS[int],
         help="spread the experts over N devices; the rest of all devices splits the batch"
         " (default: one device, or with --distributed all of them)",
     )
-    parser.add_argument(
+    add(
         "--distributed",
-        action="store_true",
+        **_KINDS[bool],
         help="this is one of several processes, which jax.distributed finds by the variables of"
         " Slurm, Open MPI, a TPU pod or Kubernetes; JAX_COORDINATOR_ADDRESS=HOST:PORT overrides"
         " who coordinates. DIR must be the same folder for all of them (default: off)",
@@ -93,13 +87,30 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     for field in dataclasses.fields(Settings):
         default = "off" if field.default is False else field.default
         text = field.metadata["help"] + ("" if default is None else f" (default: {default})")
-        parser.add_argument(flag(field.name), help=text, **_KINDS[field.type])
-    parser.set_defaults(run=_train)
+        add(flag(field.name), help=text, **_KINDS[field.type])
+
+    title = "what the routers of a trained run do with its held-out text"
+    command = commands.add_parser("report", help=title, description=f"Print {title}.")
+    command.set_defaults(run=report_run)
+    command.add_argument("path", type=_folder, help="the folder of a run, or its checkpoint.eqx")
+    command.add_argument("--out", **folder, help="folder for pictures (default: that of the run)")
+
+    title = "what a safetensors checkpoint holds, from the headers of its files"
+    command = commands.add_parser("summary", help=title, description=f"Print {title}.")
+    command.set_defaults(run=_summary)
+    command.add_argument("path", type=_folder, help="a folder, an index or a .safetensors file")
+    command.add_argument("--layer", **_KINDS[int], help="only layer N, from 0")
+    return parser
+
+
+def _folder(name: str) -> pathlib.Path:
+    if "\0" in name:
+        raise argparse.ArgumentTypeError("a name must not hold a zero byte")
+    return pathlib.Path(name)
 
 
 def _train(**options: Any) -> int:
-    names = ("expert_parallel", "distributed")
-    devices = {name: options.pop(name) for name in names if name in options}
+    devices = {n: options.pop(n) for n in ("expert_parallel", "distributed") if n in options}
     if "resume" in options:
         folder = options.pop("resume")
         if options:
@@ -113,24 +124,6 @@ def _train(**options: Any) -> int:
     now = datetime.datetime.now(datetime.UTC)
     folder = options.pop("out", pathlib.Path("runs", f"{now:%Y%m%d-%H%M%S}"))
     return train(Settings(**options), folder, **devices)
-
-
-def _add_report(commands: argparse._SubParsersAction) -> None:
-    title = "what the routers of a trained run do with its held-out text"
-    parser = commands.add_parser("report", help=title, description=f"Print {title}.")
-    parser.add_argument("path", type=_folder, help="the folder of a run, or its checkpoint.eqx")
-    parser.add_argument(
-        "--out", type=_folder, metavar="DIR", help="folder for pictures (default: that of the run)"
-    )
-    parser.set_defaults(run=report_run)
-
-
-def _add_summary(commands: argparse._SubParsersAction) -> None:
-    title = "what a safetensors checkpoint holds, from the headers of its files"
-    parser = commands.add_parser("summary", help=title, description=f"Print {title}.")
-    parser.add_argument("path", type=_folder, help="a folder, an index or a .safetensors file")
-    parser.add_argument("--layer", **_KINDS[int], help="only layer N, from 0")
-    parser.set_defaults(run=_summary)
 
 
 def _summary(path: pathlib.Path, layer: int | None = None) -> None:

@@ -45,8 +45,8 @@ class Assignments(NamedTuple):
         return Assignments(*kept, self.dropped)
 
 
-def read_layers(name: str, routing: Routing, axes: tuple[int, ...] = ()) -> list[Assignments]:
-    """The layers of one Routing that starts with the layer axes `axes`.
+def read_layers(name: str, routing: Routing, axes: tuple[int, ...]) -> list[Assignments]:
+    """The layers of one Routing, which is stacked over the layer axes `axes`, or one layer.
 
     Raises `ValueError` for other axes and for experts that do not exist, `TypeError` for traced
     arrays. Padding may hold any expert.
@@ -56,13 +56,14 @@ def read_layers(name: str, routing: Routing, axes: tuple[int, ...] = ()) -> list
         for array in (routing.indices, routing.weights, routing.scores, routing.dropped)
     )
     mask = True if routing.mask is None else on_host(name, routing.mask)
-    batch_shape, front = indices.shape[:-1], len(axes)
-    if batch_shape[:front] != axes or dropped.shape[:front] != axes:
+    batch_shape = indices.shape[:-1]
+    # An axis of micro-batches could be taken for an axis of layers. Beside layers there is none.
+    if axes and dropped.shape != axes:
         raise ValueError(
-            f"`{name}` must start with the layer axes {axes} of its router. Got `indices` of shape "
-            f"{indices.shape} and `dropped` of shape {dropped.shape}."
+            f"`{name}` must be stacked over the layers {axes} of its router and over nothing else. "
+            f"Got {dropped.shape}."
         )
-    flat = (math.prod(axes), math.prod(batch_shape[front:]))
+    flat = (math.prod(axes), math.prod(batch_shape[len(axes) :]))
     mask = np.broadcast_to(mask, batch_shape).reshape(flat)
     # Indices may be int8, which is too narrow for what is computed with them.
     arrays = (indices.astype(np.int64), weights, scores)
@@ -79,13 +80,12 @@ def read_layers(name: str, routing: Routing, axes: tuple[int, ...] = ()) -> list
     return layers
 
 
-def checked_names(names: Iterable[str] | None, num_layers: int, hint: str = "") -> list[str]:
-    """The names of the layers, by default 0, 1 and so on. Raises `ValueError`, which ends with
-    `hint`, for a wrong number of names."""
+def checked_names(names: Iterable[str] | None, num_layers: int) -> list[str]:
+    """The names of the layers, by default 0, 1 and so on. Raises `ValueError` for a wrong number
+    of names."""
     found = list(map(str, range(num_layers) if names is None else names))
     if len(found) != num_layers:
         raise ValueError(
-            "`layer_names` must hold one name per layer. "
-            f"Got {len(found)} for {num_layers} layers.{hint}"
+            f"`layer_names` must hold one name per layer. Got {len(found)} for {num_layers} layers."
         )
     return found

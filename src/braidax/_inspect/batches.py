@@ -13,8 +13,6 @@ from .assignments import Assignments, on_host, read_layers
 from .routers import router_shape
 
 _MISSING: Any = object()
-# The layers of a scan look like the examples of a vmap, so this module does not guess them.
-STACKED = " Layers stacked in one Routing are told apart by `model`."
 
 
 def read_batches(
@@ -27,10 +25,7 @@ def read_batches(
         sizes = [layer.num_experts for layer, _ in layers]
         wanted = wanted or sizes
         if len(set(wanted)) != 1:
-            raise ValueError(
-                "`routings` must hold at least one Routing, all of the same number of experts. "
-                f"Got {sizes}."
-            )
+            raise ValueError(f"`routings` must all have the same number of experts. Got {sizes}.")
         if sizes != wanted:
             raise ValueError(
                 "`routings` must have the same layers in every batch. "
@@ -52,19 +47,21 @@ def _with_ids(routings: Any, input_ids: Any) -> Iterator[tuple[list[Any], Any]]:
             "`input_ids` must be an array, or a list or loader of arrays, not an iterator. "
             f"Got a {type(input_ids).__name__}."
         )
-    iterator = iter([routings] if isinstance(routings, Routing) else routings)
-    first = list(itertools.islice(iterator, 1))
-    batches: Iterable[Any] = itertools.chain(first, iterator)
-    if not first or isinstance(first[0], Routing):  # a single batch
-        batches, input_ids = [list(batches)], None if input_ids is None else [input_ids]
-    each = itertools.repeat(None) if input_ids is None else iter(input_ids)
-    for batch in batches:
-        ids = next(each, _MISSING)
-        if ids is _MISSING:
-            raise ValueError("`input_ids` must hold one array per batch. Got fewer.")
+    batches = iter([routings] if isinstance(routings, Routing) else routings)
+    first = next(batches, None)
+    if first is None or isinstance(first, Routing):  # a single batch
+        first, batches = [first, *batches] if first is not None else [], iter(())
+        input_ids = None if input_ids is None else [input_ids]
+    batches = itertools.chain([first], batches)
+    if input_ids is None:
+        pairs: Iterable[Any] = zip(batches, itertools.repeat(None), strict=False)
+    else:
+        pairs = itertools.zip_longest(batches, input_ids, fillvalue=_MISSING)
+    for batch, ids in pairs:
+        if batch is _MISSING or ids is _MISSING:
+            found = "fewer" if ids is _MISSING else "more"
+            raise ValueError(f"`input_ids` must hold one array per batch. Got {found}.")
         yield list(batch) if isinstance(batch, list | tuple) else [batch], ids
-    if input_ids is not None and next(each, _MISSING) is not _MISSING:
-        raise ValueError("`input_ids` must hold one array per batch. Got more.")
 
 
 def _layers(
@@ -86,24 +83,31 @@ def _layers(
     layers = []
     for position, routing in enumerate(batch):
         name, given = f"routings[{position}]", routing.scores.shape[-1]
-        axes, num_experts = ((), given) if routers is None else router_shape(routers[position])
+        # Without a model, nobody knows what stacked calls are, so each of them is a layer.
+        axes, num_experts = routing.dropped.shape, given
+        if routers is not None:
+            axes, num_experts = router_shape(routers[position])
         if given != num_experts:
             raise ValueError(
                 f"`{name}` must come from a router of {num_experts} experts. Got {given} experts."
             )
         found = read_layers(name, routing, axes)
         shape = routing.indices.shape[len(axes) : -1]
-        flat_ids = None if ids is None else _flat_ids(ids, shape, name, "" if routers else STACKED)
+        hint = " Without `model`, each call stacked in a Routing is a layer." if axes else ""
+        flat_ids = _flat_ids(ids, shape, name, "" if routers else hint)
         layers += [(layer, flat_ids) for layer in found]
     return layers
 
 
-def _flat_ids(ids: Any, shape: tuple[int, ...], name: str, hint: str) -> Int64[np.ndarray, " _"]:
+def _flat_ids(
+    ids: Any, shape: tuple[int, ...], name: str, hint: str
+) -> Int64[np.ndarray, " _"] | None:
+    if ids is None:
+        return None
     ids = np.frombuffer(ids, np.uint8) if isinstance(ids, bytes) else on_host("input_ids", ids)
     if not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"`input_ids` must have an integer dtype. Got {ids.dtype}.")
     if ids.shape != shape:
-        hint = hint if shape[-ids.ndim :] == ids.shape else ""
         raise ValueError(
             f"`input_ids` must have the batch axes of `{name}`, {shape}. Got {ids.shape}.{hint}"
         )

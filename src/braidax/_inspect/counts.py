@@ -20,24 +20,38 @@ def token_sums(layer: Assignments) -> dict[str, Any]:
     weights, scores = (array[defined].astype(np.float64) for array in (layer.weights, layer.scores))
     indices = layer.indices[defined]
     somebody = (indices < num_experts).any(axis=1)
-    shares = _largest_shares(indices[somebody], weights[somebody])
-    load = np.bincount(layer.indices.reshape(-1), minlength=num_experts + 1)[:num_experts]
+    indices, shares = indices[somebody], _shares(weights[somebody])
+    # Weights of one expert are added up.
+    same = indices[:, :, None] == indices[:, None, :]
+    largest = np.einsum("tij,tj->ti", same, shares).max(axis=1)
     return {
         "num_tokens": len(layer.indices),
         "dropped": layer.dropped,
         "undefined": np.sum(~defined),
-        "load": load.astype(np.int64),
+        "load": expert_load(layer),
         "coactivation": coactivations(layer.indices, num_experts),
-        "confidence": np.array([shares.sum(), len(shares)]),
+        "confidence": np.array([largest.sum(), len(largest)]),
         "router_entropy": np.array([entropy(_shares(scores)).sum(), len(scores)]),
     }
 
 
+def expert_load(layer: Assignments) -> Int64[np.ndarray, " experts"]:
+    """`braidax.expert_load` in int64."""
+    used = layer.indices[layer.mask].reshape(-1)
+    return np.bincount(used, minlength=layer.num_experts + 1)[:-1].astype(np.int64)
+
+
+def mean_or_nan(
+    total: Real[np.ndarray, " layers"], number: Real[np.ndarray, " layers"]
+) -> Float64[np.ndarray, " layers"]:
+    """The mean of `number` values with the sum `total`. NaN for the mean of none."""
+    return np.divide(total, number, out=np.full(len(total), np.nan), where=number > 0)
+
+
 def max_violation(load: Int64[np.ndarray, "*layers experts"]) -> Float64[np.ndarray, "*layers"]:
     """`braidax.max_violation` in float64, which is exact for counts above 2**24 too."""
-    total = load.sum(axis=-1)
-    ratio = load.max(axis=-1) * load.shape[-1] / np.where(total > 0, total, 1)
-    return np.where(total > 0, np.maximum(ratio - 1, 0.0), 0.0)
+    total, largest = load.sum(axis=-1), load.max(axis=-1)
+    return np.where(total > 0, largest * load.shape[-1] / np.maximum(total, 1) - 1, 0.0)
 
 
 def entropy(shares: Real[np.ndarray, "*rows experts"]) -> Float64[np.ndarray, "*rows"]:
@@ -56,31 +70,14 @@ def coactivations(
 
     An expert that a token names twice counts once. Nobody is not counted.
     """
-    indices = np.sort(indices, axis=1)
-    # Repetitions are nobody, whose row and column the last line but one cuts off.
+    indices, size = np.sort(indices, axis=1), num_experts + 1
+    # Repetitions are nobody, whose row and column the last line cuts off.
     indices[:, 1:][indices[:, 1:] == indices[:, :-1]] = num_experts
-    size = num_experts + 1
     counts = np.zeros(size * size, np.int64)
-    for first in range(indices.shape[1]):
-        for second in range(first, indices.shape[1]):
-            pairs = indices[:, first] * size + indices[:, second]
-            counts += np.bincount(pairs, minlength=size * size)
-    # A pair may lie on either side of the diagonal, because repetitions leave the sorted order.
-    table = counts.reshape(size, size)[:num_experts, :num_experts]
-    return table + table.T - np.diag(np.diag(table))
-
-
-def _largest_shares(
-    indices: Int64[np.ndarray, "tokens experts_per_token"],
-    weights: Float64[np.ndarray, "tokens experts_per_token"],
-) -> Float64[np.ndarray, " tokens"]:
-    """Each token's largest share of one expert. Weights of one expert are added up."""
-    shares = _shares(weights)
-    largest = np.zeros(len(shares))
     for column in indices.T:
-        same = indices == column[:, None]
-        largest = np.maximum(largest, np.sum(shares, axis=1, where=same))
-    return largest
+        pairs = column[:, None] * size + indices
+        counts += np.bincount(pairs.reshape(-1), minlength=size * size)
+    return counts.reshape(size, size)[:num_experts, :num_experts]
 
 
 def _shares(values: Float64[np.ndarray, "rows size"]) -> Float64[np.ndarray, "rows size"]:

@@ -44,28 +44,23 @@ def page_html(parts: Iterable[str | Table]) -> str:
 
 
 def _html(part: str | Table) -> str:
-    if isinstance(part, Note):
-        return f"<p><small>{escape(part)}</small></p>"
     if isinstance(part, str):
-        return f"<div>{escape(part)}</div>"
-    body = "".join(f"<tr>{_cells('td', row, part.left)}</tr>" for row in part.rows)
-    html = (  # The table scrolls sideways in its own box where the page is narrow.
-        '<div style="overflow-x:auto;max-width:100%">'
-        '<table style="border-collapse:collapse;font-size:0.85em">'
-        f"<thead><tr>{_cells('th', part.head, part.left)}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )
+        tag = "small" if isinstance(part, Note) else "div"
+        return f"<{tag}>{escape(part)}</{tag}>"
+    body = "".join(_row("td", row, part.left) for row in part.rows)
+    table = f'<table style="font-size:0.85em">{_row("th", part.head, part.left)}{body}</table>'
+    # The table scrolls sideways in its own box where the page is narrow.
+    html = f'<div style="overflow-x:auto">{table}</div>'
     if not part.folded:
         return html
     return f"<details><summary>{escape(part.folded)}</summary>{html}</details>"
 
 
-def _cells(tag: str, row: Sequence[str], left: int) -> str:
-    """Spaces in front of a text are kept. Long names wrap; bars of characters stay in line."""
-    name, number = ("pre", "pre") if tag == "th" else ("pre-wrap", "pre;font-family:monospace")
-    looks = [("left", name)] * left + [("right", number)] * (len(row) - left)
-    return "".join(
-        f'<{tag} style="text-align:{side};padding:0.15em 0.5em;white-space:{space}">'
-        f"{escape(text)}</{tag}>"
-        for text, (side, space) in zip(row, looks, strict=True)
-    )
+def _row(tag: str, texts: Sequence[str], left: int) -> str:
+    """Names keep the spaces in front and wrap. Numbers and bars of characters stay in line."""
+    name, number = "left;white-space:pre-wrap", "right;white-space:pre;font-family:monospace"
+    cells = [
+        f'<{tag} style="text-align:{name if i < left else number}">{escape(text)}</{tag}>'
+        for i, text in enumerate(texts)
+    ]
+    return f"<tr>{''.join(cells)}</tr>"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -74,19 +74,18 @@ class BlockSummary(Counts):
 def count_block(path: str, block: RoutedMoE | RoutedAndSharedMoE) -> BlockSummary:
     """The block at `path`."""
     routed = block if isinstance(block, RoutedMoE) else block.routed
-    router = routed.router
-    axes, num_experts = router_shape(router)
-    chosen = router.num_experts_per_token
+    axes, num_experts = router_shape(routed.router)
+    chosen, stacked = routed.router.num_experts_per_token, len(axes)
     parts = [
-        _count_part("router", router, len(axes)),
-        _count_part("experts", routed.experts, len(axes) + 1, (chosen, num_experts)),
+        count_part("router", routed.router, stacked),
+        count_part("experts", routed.experts, stacked + 1, (chosen, num_experts)),
     ]
     if isinstance(block, RoutedAndSharedMoE):
-        parts.append(_count_part("shared", block.shared, len(axes)))
+        parts.append(count_part("shared", block.shared, stacked))
     return BlockSummary(
         path=path,
         module=type(block).__name__,
-        router=router_kind(router),
+        router=router_kind(routed.router),
         dispatch=type(routed.dispatch).__name__,
         matmul=_kernel(routed.dispatch),
         layers=math.prod(axes),
@@ -104,15 +103,7 @@ def _kernel(dispatch: AbstractDispatch) -> str:
     return "" if kernel is None else repr(kernel)
 
 
-def count_rest(leaves: Sequence[Any]) -> PartSummary | None:
-    """Parameters and bytes of the arrays outside of the blocks. None without an array."""
-    part = _count_part("other", leaves, 0)
-    if not part.shapes:
-        return None
-    return dataclasses.replace(part, module="", shapes={}, forward_flops=0, backward_flops=0)
-
-
-def _count_part(
+def count_part(
     name: str, module: PyTree, leading: int, share: tuple[int, int] = (1, 1)
 ) -> PartSummary:
     """`leading` axes stand before the axes of a matrix. A token uses `share` of the parameters."""
@@ -122,18 +113,18 @@ def _count_part(
     for path, leaf in jax.tree_util.tree_leaves_with_path(module, is_leaf=is_packed):
         if not is_array(leaf):
             continue
-        shape, number = leaf.shape, leaf.number if is_packed(leaf) else str(leaf.dtype)
+        key, packed = jax.tree_util.keystr(path).removeprefix("."), is_packed(leaf)
         # As Equinox prints an array: f32[256,4096].
-        short = number.replace("float", "f").replace("uint", "u").replace("int", "i")
-        key = jax.tree_util.keystr(path).removeprefix(".")
-        shapes[key] = f"{short}[{','.join(map(str, shape))}]"
-        count = math.prod(shape) if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
+        number = leaf.number if packed else str(leaf.dtype)
+        number = number.replace("float", "f").replace("uint", "u").replace("int", "i")
+        shapes[key] = f"{number}[{','.join(map(str, leaf.shape))}]"
+        count = math.prod(leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
         parameters += count
         num_bytes += sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(leaf))
-        if len(shape) >= leading + 2 and not key.endswith("bias"):
+        if len(leaf.shape) >= leading + 2 and not key.endswith("bias"):
             products += count
             # Packed weights are constants: they get no gradient, only the rows do.
-            backward += count if is_packed(leaf) else 2 * count
+            backward += count if packed else 2 * count
     return PartSummary(
         name=name,
         module=type(module).__name__,

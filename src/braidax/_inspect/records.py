@@ -1,26 +1,17 @@
 """`Report`: the counts and figures of every layer, and how they are shown."""
 
 import dataclasses
-import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from .._text import counted
+from .counts import mean_or_nan
 from .pages import Note, Table, page_html, page_text
-from .top_tokens import TopToken, token_lines, token_tables
+from .top_tokens import TopToken, TopTokens, token_lines, token_tables
 
-# Of each column, the field and the format of its numbers.
-_COLUMNS = {
-    "MaxVio": ("max_violation", ".2f"),
-    "batch MaxVio": ("_batch_mean", ".2f"),
-    "entropy": ("load_entropy", ".3f"),
-    "dead": ("dead_experts", ""),
-    "top-1": ("top_1_share", ".1%"),
-    "confidence": ("confidence", ".3f"),
-    "router entropy": ("router_entropy", ".3f"),
-}
 _NOTE = (
     "MaxVio: max/mean load - 1, over everything and as the mean over batches; entropy: of the load;"
     " top-1: load of the busiest expert; confidence: largest share of a token's weights on one"
@@ -71,7 +62,7 @@ class Report:
     confidence: Float64[np.ndarray, " layers"]
     router_entropy: Float64[np.ndarray, " layers"]
     coactivation: Int64[np.ndarray, "layers experts experts"]
-    top_tokens: tuple[tuple[tuple[TopToken, ...], ...], ...] | None
+    top_tokens: TopTokens | None
 
     @property
     def is_hash(self) -> Bool[np.ndarray, " layers"] | None:
@@ -80,19 +71,18 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON can hold it: lists of numbers, null for NaN."""
-        record = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: _plain(value) for name, value in record.items()}
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     def __repr__(self) -> str:
-        return page_text(self._page(unfold=False))
+        return page_text(self._page(token_lines))
 
     def _repr_html_(self) -> str:
-        return page_html(self._page(unfold=self.load.size <= _MOST_EXPERTS_IN_HTML))
+        small = self.load.size <= _MOST_EXPERTS_IN_HTML
+        return page_html(self._page(token_tables if small else token_lines))
 
-    def _page(self, *, unfold: bool) -> list[str | Table]:
-        """The tokens of every expert are in tables to unfold, or some of them in lines."""
+    def _page(self, show_tokens: Callable[..., Sequence[str | Table]]) -> list[str | Table]:
         few, most = int(self.num_tokens.min()), int(self.num_tokens.max())
-        (layers, experts), size = self.load.shape, _group_size(self.load.shape[1])
+        layers, experts = self.load.shape
         title = (
             f"{counted(layers, 'layer')} of {counted(experts, 'expert')},"
             f" {'' if few == most else f'{few:,} to '}{counted(most, 'token')}"
@@ -100,8 +90,8 @@ class Report:
         )
         page = [title, *self._warnings(), "", *self._sections()]
         if self.top_tokens is not None:
-            shown = token_tables if unfold else token_lines
-            page += shown(self.layer_names, self.load, self.top_tokens)
+            page += show_tokens(self.layer_names, self.load, self.top_tokens)
+        size = _group_size(experts)
         grouped = f", each bar the largest of {size} neighbours" if size > 1 else ""
         return [*page, Note(f"{_NOTE}{grouped}.")]
 
@@ -118,12 +108,20 @@ class Report:
 
     def _sections(self) -> list[str | Table]:
         """A heading and a table for every kind of router, hash layers last."""
-        head = ("layer", *_COLUMNS, "load")
-        numbers = [
-            [format(number, spec) for number in getattr(self, field)]
-            for field, spec in _COLUMNS.values()
-        ]
-        rows = list(zip(self.layer_names, *numbers, map(load_bars, self.load), strict=True))
+        known = ~np.isnan(self.batch_max_violation)
+        batch_mean = mean_or_nan(np.nansum(self.batch_max_violation, axis=0), known.sum(axis=0))
+        columns = {
+            "layer": self.layer_names,
+            "MaxVio": [f"{number:.2f}" for number in self.max_violation],
+            "batch MaxVio": [f"{number:.2f}" for number in batch_mean],
+            "entropy": [f"{number:.3f}" for number in self.load_entropy],
+            "dead": [str(number) for number in self.dead_experts],
+            "top-1": [f"{number:.1%}" for number in self.top_1_share],
+            "confidence": [f"{number:.3f}" for number in self.confidence],
+            "router entropy": [f"{number:.3f}" for number in self.router_entropy],
+            "load": [load_bars(load) for load in self.load],
+        }
+        head, rows = tuple(columns), list(zip(*columns.values(), strict=True))
         if self.routers is None:
             return ["layers (give `model=` to tell hash from top-k)", Table(head, rows, 1), ""]
         parts: list[str | Table] = []
@@ -132,11 +130,6 @@ class Report:
             of_kind = [row for row, other in zip(rows, self.routers, strict=True) if other == kind]
             parts += [f"{kind} layers{fixed}", Table(head, of_kind, 1), ""]
         return parts
-
-    @property
-    def _batch_mean(self) -> list[float]:
-        known = (column[~np.isnan(column)] for column in self.batch_max_violation.T)
-        return [column.mean() if column.size else math.nan for column in known]
 
 
 def load_bars(load: Int64[np.ndarray, " experts"]) -> str:

@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._checks import positive_integer
+from .._filters import routers as find_routers
 from .._routing import Routing
 from .assignments import checked_names
-from .batches import STACKED, read_batches
-from .counts import entropy, max_violation, token_sums
+from .batches import read_batches
+from .counts import entropy, max_violation, mean_or_nan, token_sums
 from .records import Report
-from .routers import find_routers, router_kind, router_shape
-from .token_counts import TokenCounts
-from .top_tokens import TopToken
+from .routers import router_kind, router_shape
+from .top_tokens import TokenCounts, TopToken, TopTokens, token_text
 
 
 def report(
@@ -39,8 +39,8 @@ def report(
     - `routings`: a `Routing`; a sequence of one `Routing` per layer; or any iterable of batches,
         each such a sequence. The iterable is read once, and no batch is kept.
     - `model`: anything that holds the routers in the order of the routings: a model, a block or a
-        list of routers. It tells hash from top-k layers. It also tells which first axes of a
-        `Routing` are stacked layers; without it all leading axes are tokens.
+        list of routers. It tells hash from top-k layers, and layers stacked in one `Routing` from
+        other stacked calls. Without it each stacked call is a layer.
     - `input_ids`: the ids of the tokens, for `top_tokens`: an array of the routings' batch axes, or
         `bytes`. For batches, a list, an array or a loader of one of them per batch.
     - `layer_names`: one name a layer; by default its number, from 0.
@@ -67,21 +67,13 @@ def report(
     routers = kinds = None
     if model is not None:
         routers = find_routers(model)
+        if not routers:
+            raise ValueError(f"`model` must hold a router. Got a {type(model).__name__}.")
         kinds = tuple(router_kind(r) for r in routers for _ in range(math.prod(router_shape(r)[0])))
-    figures, tokens = _figures(read_batches(routings, input_ids, routers))
-    names = checked_names(layer_names, len(tokens), "" if routers else STACKED)
-    top_tokens = None
-    if input_ids is not None:
-        text = functools.cache(functools.partial(_text, str if decode is None else decode))
-        experts = range(figures["load"].shape[1])
-        top_tokens = tuple(
-            tuple(
-                tuple(TopToken(i, text(i), n) for i, n in counts.of_expert(expert, num_top_tokens))
-                for expert in experts
-            )
-            for counts in tokens
-        )
-    return Report(layer_names=tuple(names), routers=kinds, top_tokens=top_tokens, **figures)
+    figures, counts = _figures(read_batches(routings, input_ids, routers))
+    names = tuple(checked_names(layer_names, len(counts)))
+    tokens = None if input_ids is None else _top_tokens(counts, figures, decode, num_top_tokens)
+    return Report(layer_names=names, routers=kinds, top_tokens=tokens, **figures)
 
 
 def _figures(batches: Iterable[Any]) -> tuple[dict[str, np.ndarray], list[TokenCounts]]:
@@ -98,28 +90,27 @@ def _figures(batches: Iterable[Any]) -> tuple[dict[str, np.ndarray], list[TokenC
         for counts, (layer, ids) in zip(tokens, layers, strict=True):
             if ids is not None:
                 counts.add(layer.indices[layer.mask], ids[layer.mask])
-    for name in ("confidence", "router_entropy"):
-        total, number = sums[name].T
-        sums[name] = np.divide(total, number, out=np.full(len(total), np.nan), where=number > 0)
     load = sums["load"]
-    total = load.sum(axis=1, keepdims=True)
-    shares = load / np.where(total > 0, total, 1)
+    shares = load / np.maximum(load.sum(axis=1, keepdims=True), 1)
     figures = {
         "max_violation": max_violation(load),
         "batch_max_violation": np.array(violations),
         "load_entropy": entropy(shares),
         "dead_experts": (load == 0).sum(axis=1, dtype=np.int64),
         "top_1_share": shares.max(axis=1),
+        "confidence": mean_or_nan(*sums["confidence"].T),
+        "router_entropy": mean_or_nan(*sums["router_entropy"].T),
     }
     return sums | figures, tokens
 
 
-def _text(decode: Callable[[int], str], token_id: int) -> str:
-    try:
-        text = decode(token_id)
-    except (LookupError, ValueError, OverflowError):
-        # The pass over the data is done: one id must not lose the report.
-        text = f"<id {token_id}>"
-    if not isinstance(text, str):
-        raise TypeError(f"`decode` must return a str. Got {text!r:.60} for id {token_id}.")
-    return text
+def _top_tokens(
+    layers: list[TokenCounts], figures: dict[str, np.ndarray], decode: Any, number: int
+) -> TopTokens:
+    text = functools.cache(functools.partial(token_text, decode))
+
+    def tokens(counts: TokenCounts, expert: int) -> tuple[TopToken, ...]:
+        return tuple(TopToken(i, text(i), n) for i, n in counts.of_expert(expert, number))
+
+    experts = range(figures["load"].shape[1])
+    return tuple(tuple(tokens(counts, expert) for expert in experts) for counts in layers)

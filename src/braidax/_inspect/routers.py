@@ -2,24 +2,14 @@
 
 from typing import Any
 
-from jaxtyping import PyTree
-
-from .._filters import routers
 from .._router import AbstractRouter, HashRouter, TopKRouter
 
-
-def find_routers(model: PyTree) -> list[AbstractRouter]:
-    """The routers of `model` in model order. Raises `ValueError` if it has none."""
-    found = routers(model)
-    if not found:
-        raise ValueError(f"`model` must hold a router. Got a {type(model).__name__} without one.")
-    return found
+_KINDS = {HashRouter: "hash", TopKRouter: "top-k"}
 
 
 def router_kind(router: AbstractRouter) -> str:
     """`"hash"`, `"top-k"`, or the name of another class."""
-    kinds = {HashRouter: "hash", TopKRouter: "top-k"}
-    return kinds.get(type(router), type(router).__name__)
+    return _KINDS.get(type(router), type(router).__name__)
 
 
 def router_shape(router: AbstractRouter) -> tuple[tuple[int, ...], int]:

@@ -11,7 +11,7 @@ from .._config import MoEConfig
 from .._moe import RoutedAndSharedMoE, RoutedMoE
 from .._text import size_text
 from .pages import Note, Table, page_html, page_text
-from .parts import BlockSummary, Counts, PartSummary, count_block, count_rest, is_packed, sums
+from .parts import BlockSummary, Counts, PartSummary, count_block, count_part, is_packed, sums
 from .routers import is_array
 
 _HEAD = ("module", "arrays", "parameters", "active", "bytes", "forward", "backward")
@@ -108,9 +108,10 @@ def summary(model: PyTree | MoEConfig) -> Summary:
         for path, node in nodes
         if _is_block(node)
     )
-    other = count_rest([leaf for _, leaf in nodes if not _is_block(leaf)])
-    total = sums(blocks if other is None else (*blocks, other))
-    return Summary(name=type(model).__name__, blocks=blocks, other=other, **total)
+    rest = count_part("other", [leaf for _, leaf in nodes if not _is_block(leaf)], 0)
+    rest = dataclasses.replace(rest, module="", forward_flops=0, backward_flops=0)
+    other = dataclasses.replace(rest, shapes={}) if rest.shapes else None
+    return Summary(name=type(model).__name__, blocks=blocks, other=other, **sums((*blocks, rest)))
 
 
 def _is_block(node: Any) -> bool:
@@ -118,17 +119,6 @@ def _is_block(node: Any) -> bool:
 
 
 def _numbers(counts: Counts) -> tuple[str, ...]:
-    return (
-        f"{counts.parameters:,}",
-        f"{counts.active:,}",
-        size_text(counts.num_bytes),
-        _flops(counts.forward_flops),
-        _flops(counts.backward_flops),
-    )
-
-
-def _flops(count: int) -> str:
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return str(count)
+    flops = (counts.forward_flops, counts.backward_flops)
+    shown = (f"{counts.parameters:,}", f"{counts.active:,}", size_text(counts.num_bytes))
+    return (*shown, *(size_text(count, "", 1) for count in flops))

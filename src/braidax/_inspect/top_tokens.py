@@ -1,6 +1,6 @@
-"""The most frequent tokens of each expert, as lines and as tables."""
+"""The most frequent tokens of each expert: counted, and shown as lines and as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,60 @@ class TopToken(NamedTuple):
 
 
 # `[layer][expert]`, most frequent first.
-TopTokens = Sequence[Sequence[Sequence[TopToken]]]
+TopTokens = tuple[tuple[tuple[TopToken, ...], ...], ...]
+
+
+class TokenCounts:
+    """Assignments by (expert, token id). Only pairs that occur take memory."""
+
+    def __init__(self):
+        # The rows are expert, token id and count. One number for expert and id could overflow.
+        # The first part is merged: sorted by expert and id, with each pair once.
+        self._parts: list[Int64[np.ndarray, "3 _"]] = [np.zeros((3, 0), np.int64)]
+
+    def add(
+        self,
+        experts: Int64[np.ndarray, "tokens experts_per_token"],
+        ids: Int64[np.ndarray, " tokens"],
+    ) -> None:
+        """Count the assignments of some tokens. Nobody is an expert like any other here."""
+        ids = np.broadcast_to(ids[:, None], experts.shape)
+        pairs = np.stack([experts.ravel(), ids.ravel(), np.ones(experts.size, np.int64)])
+        self._parts.append(pairs)
+        # Merging sorts every pair seen so far, so a merge at every batch would take ever longer.
+        if sum(part.shape[1] for part in self._parts) > 2 * self._parts[0].shape[1]:
+            self._merge()
+
+    def of_expert(self, expert: int, number: int) -> list[tuple[int, int]]:
+        """The `number` most frequent `(token id, count)`. Equal counts are in order of ids."""
+        self._merge()
+        experts, ids, counts = self._parts[0]
+        own = slice(*np.searchsorted(experts, [expert, expert + 1]))
+        order = np.lexsort((ids[own], -counts[own]))[:number]
+        return list(zip(ids[own][order].tolist(), counts[own][order].tolist(), strict=True))
+
+    def _merge(self) -> None:
+        if len(self._parts) == 1:
+            return
+        pairs = np.concatenate(self._parts, axis=1)
+        pairs = pairs[:, np.lexsort((pairs[1], pairs[0]))]
+        is_new = np.ones(pairs.shape[1], bool)
+        is_new[1:] = (pairs[:2, 1:] != pairs[:2, :-1]).any(axis=0)
+        starts = np.flatnonzero(is_new)
+        counts = np.add.reduceat(pairs[2], starts) if len(starts) else pairs[2]
+        self._parts = [np.stack([*pairs[:2, starts], counts])]
+
+
+def token_text(decode: Callable[[int], str] | None, token_id: int) -> str:
+    """The text of an id, by default its digits. An id that `decode` does not know has a sign."""
+    try:
+        text = str(token_id) if decode is None else decode(token_id)
+    except (LookupError, ValueError, OverflowError):
+        # The pass over the data is done: one id must not lose the report.
+        text = f"<id {token_id}>"
+    if not isinstance(text, str):
+        raise TypeError(f"`decode` must return a string. Got {text!r:.60} for id {token_id}.")
+    return text
 
 
 def token_lines(

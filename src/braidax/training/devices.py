@@ -89,6 +89,5 @@ def find_devices(settings: Settings, expert_parallel: int | None, distributed: b
         raise UserError(
             f"--expert-parallel must divide --experts. Got {size} and {settings.experts}."
         )
-    axis_types = (AxisType.Auto, AxisType.Auto)
-    shape = (count // size, size)
-    return Devices(ExpertParallel(jax.make_mesh(shape, ("data", "expert"), axis_types=axis_types)))
+    axes, shape = ("data", "expert"), (count // size, size)
+    return Devices(ExpertParallel(jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 2)))

@@ -106,16 +106,12 @@ def _run(
 def _stop_signals() -> Generator[list[int], None, None]:
     """A list to which SIGINT or SIGTERM adds its number; a second one stops the process at once."""
     caught: list[int] = []
-    previous: dict[signal.Signals, Any] = {}
+    with contextlib.ExitStack() as before:
 
-    def restore(*number_and_frame: Any) -> None:
-        caught.extend(number_and_frame[:1])
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        def stop(number: int, frame: Any) -> None:
+            caught.append(number)
+            before.close()
 
-    try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, restore)
+            before.callback(signal.signal, number, signal.signal(number, stop))
         yield caught
-    finally:
-        restore()

@@ -5,7 +5,6 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from .checkpoint import Header
 from .settings import Settings
@@ -26,10 +25,10 @@ class Metrics:
     def begin(self) -> None:
         """Write the names of the columns and the rows of the checkpoint."""
         layers = range(len(self._settings.layer_names()))
-        names = (*_COLUMNS, *(f"max_violation_layer_{layer}" for layer in layers))
+        names = [*_COLUMNS, *(f"max_violation_layer_{layer}" for layer in layers)]
         self._write("w", [names, *self.rows])
 
-    def record(self, step: int, loss: float, skipped: int, violations: Iterable[float]) -> None:
+    def record(self, step: int, loss: float, skipped: int, violations: list[float]) -> None:
         """Add a row and say a line."""
         bits, now, steps = loss / math.log(2), time.perf_counter(), self._settings.steps
         self.rows.append([step, loss, bits, skipped, *violations])
@@ -43,7 +42,7 @@ class Metrics:
         )
         self._step, self._time = step, now
 
-    def _write(self, mode: str, rows: Iterable[Iterable[Any]]) -> None:
+    def _write(self, mode: str, rows: list[list]) -> None:
         with open(self._path, mode, newline="") as file:
             csv.writer(file).writerows(rows)
 

@@ -5,7 +5,7 @@ import html
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -18,11 +18,11 @@ from jaxtyping import Int
 from .. import _inspect
 from .._balance import dead_experts, load_entropy, max_violation
 from .._filters import trainable
-from .._routing import Routing
 from . import checkpoint
 from .corpus import Corpus, held_out_windows
 from .devices import Devices
 from .metrics import format_layers
+from .model import LanguageModel
 from .settings import Settings, UserError
 from .step import State, evaluate, initial_state
 
@@ -36,9 +36,15 @@ def held_out_batches(settings: Settings, corpus: Corpus) -> Int[np.ndarray, "bat
     return windows[: len(windows) // batch * batch].reshape(-1, batch, settings.length + 1)
 
 
-def bits_per_byte(losses: Sequence[Any]) -> float:
-    """The mean of losses in nats per byte, in bits."""
-    return math.fsum(map(float, losses)) / len(losses) / math.log(2)
+def held_out_pass(
+    windows: Int[np.ndarray, "batches batch _"], devices: Devices, model: LanguageModel
+) -> tuple[float, np.ndarray, tuple]:
+    """Bits per byte, the load of every routed layer, and the routings of every batch."""
+    results = [evaluate(model, devices.spread(batch)) for batch in windows]
+    losses, loads, routings = zip(*results, strict=True)
+    losses, loads = devices.on_host((losses, loads))
+    nats = math.fsum(map(float, losses)) / len(losses)
+    return nats / math.log(2), np.array(loads, np.int64).sum(axis=0), routings
 
 
 def validate(settings: Settings, corpus: Corpus, devices: Devices, state: State) -> dict:
@@ -46,15 +52,11 @@ def validate(settings: Settings, corpus: Corpus, devices: Devices, state: State)
 
     They hold no times: a resumed run writes the same bytes as one that was never stopped.
     """
-    losses, names, batches = [], settings.layer_names(), held_out_batches(settings, corpus)
-    loads = np.zeros((len(names), settings.experts), np.int64)
-    for windows in batches:
-        loss, load = devices.on_host(evaluate(state.model, devices.spread(windows))[:2])
-        losses.append(loss)
-        loads += np.array(load, np.int64).reshape(loads.shape)
-    bits = bits_per_byte(losses)
-    trained = jax.tree.leaves(eqx.filter(state.model, trainable(state.model)))
-    total = sum(leaf.size for leaf in trained)
+    names, windows = settings.layer_names(), held_out_batches(settings, corpus)
+    bits, loads, _ = held_out_pass(windows, devices, state.model)
+    total = sum(
+        leaf.size for leaf in jax.tree.leaves(eqx.filter(state.model, trainable(state.model)))
+    )
     unused = (settings.experts - settings.experts_per_token) * len(names)
     return {
         "settings": dataclasses.asdict(settings),
@@ -66,7 +68,7 @@ def validate(settings: Settings, corpus: Corpus, devices: Devices, state: State)
         },
         "skipped_steps": int(state.skipped),
         "validation_bits_per_byte": bits if math.isfinite(bits) else None,
-        "validation_bytes": batches[:, :, 1:].size,
+        "validation_bytes": windows[:, :, 1:].size,
         "layers": [
             {
                 "layer": name,
@@ -127,19 +129,13 @@ def report_run(path: pathlib.Path, out: pathlib.Path | None = None) -> None:
     settings, corpus = header.settings, checkpoint.read_same_corpus(header)
     if settings.dense:
         raise UserError(f"{folder} holds a dense model, which has no routing to report on")
-    batches, names = held_out_batches(settings, corpus), list(map(str, range(settings.layers)))
-    results = [evaluate(state.model, windows) for windows in batches]
-    losses, _, routings = zip(*results, strict=True)
-    report = _inspect.report(
-        routings,
-        model=state.model,
-        input_ids=batches[:, :, :-1],
-        layer_names=names,
-        decode=byte_text,
-    )
+    windows = held_out_batches(settings, corpus)
+    bits, _, routings = held_out_pass(windows, Devices(None), state.model)
+    ids = windows[:, :, :-1]
+    report = _inspect.report(routings, model=state.model, input_ids=ids, decode=byte_text)
     title = (
-        f"{folder}: step {header.step:,} of {settings.steps:,}, {bits_per_byte(losses):.4f}"
-        f" bits/byte on {batches[:, :, 1:].size:,} held-out bytes of {corpus.source}"
+        f"{folder}: step {header.step:,} of {settings.steps:,}, {bits:.4f} bits/byte on"
+        f" {ids.size:,} held-out bytes of {corpus.source}"
     )
     print(f"{title}\n\n{report}\n")
     page = f'<meta charset="utf-8"><h1>{html.escape(title)}</h1>{report._repr_html_()}'
@@ -147,9 +143,7 @@ def report_run(path: pathlib.Path, out: pathlib.Path | None = None) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.html").write_text(page, encoding="utf-8")
-        for name, ax in _pictures(report.load, names, [layers[-1] for layers in routings], batches):
-            if name != "load.png":
-                ax.set_title(f"{ax.get_title()}, layer {names[-1]}")
+        for name, ax in _pictures(report.load, [layers[-1] for layers in routings], ids):
             ax.figure.savefig(out / name, dpi=150)
     except ImportError as error:
         print(f"no pictures: {error}")
@@ -163,11 +157,14 @@ def byte_text(token_id: int) -> str:
     return chr(token_id) if token_id < 128 else f"0x{token_id:02x}"
 
 
-def _pictures(load: Any, names: list[str], last_layer: list[Routing], batches: Any) -> Iterator:
+def _pictures(load: np.ndarray, last_layer: list, ids: np.ndarray) -> Iterator[tuple[str, Any]]:
     """`(file name, axes)` of all layers' load, and of the last layer's first tokens and pairs."""
-    yield "load.png", _inspect.plot_load(load, layer_names=names)
-    ids = batches[0, 0, :-1][:_TOKENS_DRAWN]
-    first = jax.tree.map(lambda array: array[0, : len(ids)] if array.ndim else array, last_layer[0])
-    yield "token_experts.png", _inspect.plot_token_experts(first, ids, decode=byte_text)
+    yield "load.png", _inspect.plot_load(load)
+    shown = ids[0, 0, :_TOKENS_DRAWN]
+    first = jax.tree.map(lambda a: a[0, : len(shown)] if a.ndim else a, last_layer[0])
+    pictures = {"token_experts.png": _inspect.plot_token_experts(first, shown, decode=byte_text)}
     if first.indices.shape[-1] > 1:
-        yield "coactivation.png", _inspect.plot_coactivation(last_layer)
+        pictures["coactivation.png"] = _inspect.plot_coactivation(last_layer)
+    for name, ax in pictures.items():
+        ax.set_title(f"{ax.get_title()}, layer {len(load) - 1}")
+        yield name, ax

@@ -1,7 +1,5 @@
 """Pictures of routing. Matplotlib is imported when a plot is drawn."""
 
-from .axes import COLOURS as COLOURS
-from .axes import require_matplotlib as require_matplotlib
 from .curves import plot_balance as plot_balance
 from .curves import plot_bias as plot_bias
 from .heat_maps import plot_coactivation as plot_coactivation

@@ -11,8 +11,8 @@ from ..assignments import Assignments, read_layers
 # Okabe and Ito's palette, which people with any common colour blindness can tell apart. Its black
 # is missing: the style decides between black and white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-# The colour of cells without a value. It is in no colour map, and visible on black and on white.
-NO_VALUE = "#8C8C8C"
+# The colour of what has no value or no name. It is visible on black and on white.
+GREY = "#8C8C8C"
 
 
 def require_matplotlib() -> None:
@@ -26,6 +26,7 @@ def require_matplotlib() -> None:
 
 def given_or_new(ax: Any, width: float, height: float) -> Any:
     """`ax`, or the axes of a new figure, which pyplot does not know: nothing is shown or leaked."""
+    require_matplotlib()
     from matplotlib.figure import Figure
 
     if ax is not None:
@@ -54,10 +55,16 @@ def integer_ticks(axis: Any, count: int) -> None:
 
 
 def read_routing(routing: Any) -> Assignments:
-    """The tokens of a Routing in reading order. Raises `TypeError` for anything else."""
+    """The tokens of one layer's Routing in reading order. Raises `TypeError` for anything else."""
     if not isinstance(routing, Routing):
         raise TypeError(f"`routing` must be a Routing. Got {type(routing).__name__}.")
-    return read_layers("routing", routing)[0]
+    if routing.dropped.shape:
+        raise ValueError(
+            "`routing` must be of one layer and not stacked, or layers would be mixed. Got one "
+            f"stacked over {routing.dropped.shape}: `jax.tree.map(lambda array: array[0], routing)`"
+            " is its first part."
+        )
+    return read_layers("routing", routing, ())[0]
 
 
 def read_routings(routing: Any) -> list[Assignments]:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Real
 
 from ..assignments import checked_names, on_host
-from .axes import COLOURS, foreground, given_or_new, integer_ticks, is_light, require_matplotlib
+from .axes import COLOURS, GREY, foreground, given_or_new, integer_ticks
 
 
 def plot_balance(
@@ -19,7 +19,8 @@ def plot_balance(
 ) -> Any:
     """One line per layer of MaxVio over training steps; the dashed line at 0 is perfect balance.
 
-    Up to seven layers get a legend. More layers get a colour scale.
+    Of more than seven layers, the six farthest from balance in the last tenth of the steps have a
+    colour and a name.
 
     **Arguments:**
 
@@ -37,11 +38,10 @@ def plot_balance(
     **Raises:** `ImportError` without matplotlib. `ValueError` for shapes or names that do not
     fit, and for infinities. `TypeError` for traced arrays.
     """
-    require_matplotlib()
-    steps, values = _on_host(steps, "max_violation", max_violation, "layer", np.isinf)
-    names = checked_names(layer_names, values.shape[1])
+    steps, values = _checked(steps, "max_violation", max_violation, "layer", gaps=True)
     ax = given_or_new(ax, 7.0, 4.0)
-    _draw_lines(ax, steps, values, names, "Layer", "perfect balance")
+    names = checked_names(layer_names, values.shape[1])
+    _draw_lines(ax, steps, values, names, "layer", "perfect balance")
     ax.set(ylabel="MaxVio (max load / mean load − 1)", title="Load imbalance over training")
     return ax
 
@@ -54,8 +54,9 @@ def plot_bias(
 ) -> Any:
     """One line per expert of a layer's selection bias, minus its mean over experts at each step.
 
-    The mean is subtracted because an offset common to all experts changes no selection. Up to
-    seven experts get a legend. More experts get a colour scale.
+    The mean is subtracted because an offset common to all experts changes no selection. Of more
+    than seven experts, the six farthest from it in the last tenth of the steps have a colour and a
+    name.
 
     **Arguments:**
 
@@ -73,72 +74,61 @@ def plot_bias(
     **Raises:** `ImportError` without matplotlib. `ValueError` for shapes that do not fit, and for a
     bias that is not finite. `TypeError` for traced arrays.
     """
-    require_matplotlib()
-    steps, values = _on_host(steps, "bias", bias, "expert", lambda values: ~np.isfinite(values))
+    steps, values = _checked(steps, "bias", bias, "expert", gaps=False)
     ax = given_or_new(ax, 7.0, 4.0)
-    centred = values - values.mean(axis=1, keepdims=True)
     names = checked_names(None, values.shape[1])
-    _draw_lines(ax, steps, centred, names, "Expert", "mean of experts")
+    centred = values - values.mean(axis=1, keepdims=True)
+    _draw_lines(ax, steps, centred, names, "expert", "mean of experts")
     ax.set(ylabel="Bias − mean over experts (score units)", title="Selection bias over training")
     return ax
 
 
-def _on_host(
-    steps: Any, name: str, values: Any, column: str, is_wrong: Any
+def _checked(
+    steps: Any, name: str, values: Any, column: str, *, gaps: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The steps, and the values called `name` in float64, of which none may be wrong."""
+    """The steps, and the values called `name` in float64: finite, or NaN where there are gaps."""
     steps, values = on_host("steps", steps), on_host(name, values).astype(np.float64)
     if steps.ndim != 1 or values.ndim != 2 or len(values) != len(steps) or not values.size:
         raise ValueError(
             f"`steps` must be (steps,) and `{name}` (steps, {column}s), not empty. "
             f"Got {steps.shape} and {values.shape}."
         )
-    for row, number in np.argwhere(is_wrong(values)):
-        must = "not be infinite" if is_wrong is np.isinf else "be finite"
+    for row, number in np.argwhere(np.isinf(values) if gaps else ~np.isfinite(values)):
         raise ValueError(
-            f"`{name}` must {must}. Got {values[row, number]} at step {steps[row]}, "
-            f"{column} {number}."
+            f"`{name}` must {'not be infinite' if gaps else 'be finite'}. "
+            f"Got {values[row, number]} at step {steps[row]}, {column} {number}."
         )
     return steps, values
 
 
-def _draw_lines(ax: Any, x: Any, y: Any, names: Sequence[str], label: str, reference: str) -> None:
-    """A line for each column of `y`, and a dashed line at 0 called `reference`."""
-    from matplotlib.patheffects import withStroke
+def _draw_lines(ax: Any, x: Any, y: Any, names: Sequence[str], what: str, reference: str) -> None:
+    """A line for each column of `y`, and a dashed line at 0 called `reference`.
 
-    few_colours = (*COLOURS, foreground(ax))
-    many = len(names) > len(few_colours)
-    colours = _colour_scale(ax, names, label) if many else few_colours
+    Nobody can tell more than a few colours apart. Of many lines, those farthest from 0 in the last
+    tenth of the steps are named, from the highest to the lowest.
+    """
+    colours, named = (*COLOURS, foreground(ax)), np.arange(len(names))
+    if len(names) > len(colours):
+        ends = np.nan_to_num(y[-max(1, len(y) // 10) :]).mean(axis=0)
+        named = np.argsort(-np.abs(ends), kind="stable")[: len(COLOURS)]
+        named = named[np.argsort(-ends[named], kind="stable")]
     marker = "o" if len(x) < 2 else None  # a single point draws no line
-    width = 0.8 if len(names) > 64 else 1.5
-    for column, name in enumerate(names):
-        # The order of height is scattered, so that neither end of the scale covers the other.
-        height = 2 + column * 0.618 % 1 / 2 if many else 2
-        style = {"color": colours[column], "marker": marker, "linewidth": width, "zorder": height}
-        ax.plot(x, y[:, column], label=name, **style)
-    outline = [withStroke(linewidth=3, foreground=ax.get_facecolor())] if many else None
-    style = {"color": foreground(ax), "linestyle": "--", "linewidth": 1.2, "zorder": 3}
-    ax.axhline(0.0, label=reference, path_effects=outline, **style)
+    grey = {"color": GREY, "linewidth": 0.8, "marker": marker}
+    lines = [
+        ax.plot(x, column, label=name, **grey)[0] for name, column in zip(names, y.T, strict=True)
+    ]
+    for line, colour in zip((lines[i] for i in named), colours, strict=False):
+        line.set(color=colour, linewidth=1.5, zorder=2.5)
+    shown = [lines[i] for i in named]
+    others = [line for line in lines if line not in shown]
+    for line in others:
+        line.set_label(f"{len(others)} more {what}{'s' if len(others) > 1 else ''}")
+    dashed = {"color": foreground(ax), "linestyle": "--", "linewidth": 1.2, "zorder": 3}
+    shown += [*others[:1], ax.axhline(0.0, label=reference, **dashed)]
     ax.autoscale_view()  # keeps the line at 0 off the frame
     inches = ax.bbox.width / ax.figure.dpi
     integer_ticks(ax.xaxis, min(8, max(2, int(1.5 * inches))))  # a step may have six digits
     ax.set_xlabel("Training step")
-    if not many:
-        place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-        ax.legend(title=label, frameon=False, labelcolor=foreground(ax), **place)
-
-
-def _colour_scale(ax: Any, names: Sequence[str], label: str) -> Any:
-    """Colours for many lines, from the first to the last, with a colour bar that explains them."""
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
-
-    # One end of the map cannot be seen on the background, so the scale stops before it.
-    first, last = (0.35, 1.0) if is_light(foreground(ax)) else (0.0, 0.85)
-    colours = ListedColormap(colormaps["cividis"](np.linspace(first, last, 256)))
-    norm = Normalize(0, len(names) - 1)
-    bar = ax.figure.colorbar(ScalarMappable(norm, colours), ax=ax, label=label)
-    shown = np.unique(np.linspace(0, len(names) - 1, min(len(names), 8)).round().astype(int))
-    bar.set_ticks(list(shown), labels=[names[i] for i in shown])
-    return colours(norm(np.arange(len(names))))
+    place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    title = what.capitalize()
+    ax.legend(handles=shown, title=title, frameon=False, labelcolor=foreground(ax), **place)

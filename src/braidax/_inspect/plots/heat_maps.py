@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Real
+from jaxtyping import Array, Bool, Float64, Int64, Real
 
-from ..._balance import expert_load
 from ..._routing import Routing
 from ..._text import counted
-from ..assignments import checked_names, on_host
-from ..counts import coactivations
-from .axes import NO_VALUE, given_or_new, integer_ticks, read_routings, require_matplotlib
+from ..assignments import checked_names, on_host, read_layers
+from ..counts import coactivations, expert_load
+from .axes import GREY, given_or_new, integer_ticks, read_routings
+
+# Of pictures in which every pair is together by chance, this share shows a coloured cell.
+_FALSE_PICTURES = 0.05
 
 
 def plot_load(
@@ -29,8 +31,8 @@ def plot_load(
 
     **Arguments:**
 
-    - `loads`: assignments counted, `(layers, experts)`, or one `Routing` per layer, or the
-      `Routing` of a single layer.
+    - `loads`: assignments counted, `(layers, experts)`, or a `Routing`, or a sequence of them. A
+      `Routing` is one layer, and a stacked one has a layer for each of its calls.
     - `ax`: the `Axes` to draw in and to return; by default those of a new figure without pyplot.
     - `layer_names`: one name a layer; by default its number, from 0.
 
@@ -44,7 +46,6 @@ def plot_load(
     **Raises:** `ImportError` without matplotlib. `ValueError` for shapes or names that do not fit,
     and for loads that are negative or not finite. `TypeError` for traced arrays.
     """
-    require_matplotlib()
     table = _load_table(loads)
     num_layers = len(table)
     names = checked_names(layer_names, num_layers)
@@ -64,14 +65,15 @@ def plot_coactivation(routing: Routing | Sequence[Routing], *, ax: Any = None) -
     """Heat map of P(`j` is selected too | `i` is selected), row `i`, column `j`.
 
     White is chance, the share under balanced and independent selection: `(experts_per_token - 1) /
-    (experts - 1)`. Orange is below chance, purple above. The diagonal is grey, and so are the rows
-    of experts that no token selects. Padding and nobody are not counted. An expert that a token
-    names twice counts once.
+    (experts - 1)`. Orange is below chance, purple above. A cell is white too if its counts may be
+    sampling noise: under chance, 95 % of such pictures have no coloured cell. The diagonal is
+    grey, and so are the rows of experts that no token selects. Padding and nobody are not counted.
+    An expert that a token names twice counts once.
 
     **Arguments:**
 
-    - `routing`: one `Routing`, with any leading axes, or a sequence of them from the same layer,
-      counted together.
+    - `routing`: one layer's `Routing`, with any batch axes, or a sequence of them from the same
+      layer, counted together.
     - `ax`: the `Axes` to draw in and to return; by default those of a new figure without pyplot.
 
     **Example:** expert 0 is selected twice, once with expert 1 and once with expert 2.
@@ -84,9 +86,9 @@ def plot_coactivation(routing: Routing | Sequence[Routing], *, ax: Any = None) -
         [[None, 0.5, 0.5], [1.0, None, 0.0], [1.0, 0.0, None]]
 
     **Raises:** `ImportError` without matplotlib. `TypeError` for anything but a concrete `Routing`.
-    `ValueError` for one expert per token, routings that differ in size, and nothing but padding.
+    `ValueError` for one expert per token, stacked routings, routings that differ in size, and
+    nothing but padding.
     """
-    require_matplotlib()
     parts = read_routings(routing)
     num_experts, experts_per_token = parts[0].num_experts, parts[0].indices.shape[1]
     if experts_per_token < 2:
@@ -97,15 +99,21 @@ def plot_coactivation(routing: Routing | Sequence[Routing], *, ax: Any = None) -
     together = sum(coactivations(part.indices, num_experts) for part in parts)
     selected = np.diag(together)[:, None]
     hidden = np.eye(num_experts, dtype=bool) | (selected == 0)
-    share = np.ma.array(together / np.maximum(selected, 1), mask=hidden)
+    share = together / np.maximum(selected, 1)
     chance = (experts_per_token - 1) / max(num_experts - 1, 1)
-    largest = max(2 * chance, 0.0 if hidden.all() else float(share.max()))
+    largest = max(2 * chance, float(share.max(where=~hidden, initial=0.0)))
     if chance < 1:  # otherwise the norm needs a number above chance
         largest = min(largest, 1.0)
     ax = given_or_new(ax, *((7.6, 6.4) if num_experts > 64 else (6.4, 5.4)))
     last = min(largest, 1.0)
-    bar = _draw_map(ax, share, chance, largest, last, "P(j selected | i selected)", " (chance)")
+    cells = np.ma.array(share, mask=hidden)
+    label = "P(j selected | i selected), white: may be chance"
+    bar = _draw_map(ax, cells, chance, largest, last, label, " (chance)")
     bar.ax.set_ylim(0.0, last)
+    # A transparent cell has its number and the colour of chance.
+    ax.set_facecolor("white")
+    shown = hidden | _not_by_chance(share, selected, chance)
+    ax.images[-1].set_alpha(shown.astype(float))
     integer_ticks(ax.yaxis, 10)
     num_tokens = sum(len(part.indices) for part in parts)
     ax.set(
@@ -116,18 +124,36 @@ def plot_coactivation(routing: Routing | Sequence[Routing], *, ax: Any = None) -
     return ax
 
 
+def _not_by_chance(
+    share: Float64[np.ndarray, "experts experts"],
+    selected: Int64[np.ndarray, "experts 1"],
+    chance: float,
+) -> Bool[np.ndarray, "experts experts"]:
+    """The pairs that are together too often or too seldom for chance, though all pairs are tried.
+
+    Chernoff: a binomial share is as far from `chance` with probability at most exp(-n divergence).
+    """
+    tiny = np.finfo(float).tiny
+
+    def term(share: Any, chance: float) -> Any:
+        return share * np.log(np.maximum(share, tiny) / max(chance, tiny))
+
+    divergence = term(share, chance) + term(1 - share, 1 - chance)
+    return selected * divergence > np.log(2 * share.size / _FALSE_PICTURES)
+
+
 def _load_table(loads: Any) -> np.ndarray:
     """`(layers, experts)` in float64."""
     if isinstance(loads, Routing):
         loads = [loads]
     if isinstance(loads, Sequence) and all(isinstance(item, Routing) for item in loads):
-        rows = [on_host("loads", expert_load(routing)) for routing in loads]
-        if len({row.shape for row in rows}) > 1:
+        layers = [layer for r in loads for layer in read_layers("loads", r, r.dropped.shape)]
+        sizes = [layer.num_experts for layer in layers]
+        if len(set(sizes)) > 1:
             raise ValueError(
-                "`loads` must hold routings with the same number of experts. "
-                f"Got {[row.shape[0] for row in rows]}."
+                f"`loads` must hold routings with the same number of experts. Got {sizes}."
             )
-        loads = np.stack(rows) if rows else np.zeros((0, 0))
+        loads = np.array([expert_load(layer) for layer in layers])
     table = on_host("loads", loads).astype(np.float64)
     if table.ndim != 2 or table.size == 0:
         raise ValueError(
@@ -151,7 +177,7 @@ def _draw_map(
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.ticker import MaxNLocator
 
-    colours = colormaps["PuOr"].with_extremes(bad=NO_VALUE)
+    colours = colormaps["PuOr"].with_extremes(bad=GREY)
     norm = TwoSlopeNorm(vcenter=centre, vmin=0.0, vmax=largest)
     image = ax.imshow(values, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
     ax.grid(False)

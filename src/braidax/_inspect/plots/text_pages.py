@@ -10,8 +10,8 @@ from .axes import given_or_new
 _FONT_SIZES = (8.0, 7.0, 6.0, 5.0, 4.0)  # points; the first that fits is taken
 # Inches for each point of a monospaced font. Its characters are 0.602 points wide.
 _COLUMN, _ROW = 0.61 / 72, 1.5 / 72
-_WIDEST, _NARROWEST = 9.5, 5.0  # inches, of a new figure
-_MARGIN = (1.0, 1.6)  # inches, around the page: title, labels and colour bar
+_WIDTH, _MARGIN = 8.5, (1.0, 1.6)  # inches: of the text in a new figure, and around the text
+_FEWEST_COLUMNS = 60  # of a new figure, which has a title and a colour bar too
 
 
 class Page(NamedTuple):
@@ -35,18 +35,11 @@ class Page(NamedTuple):
 
     def write(self, ax: Any, token: int, row: int, text: str, colour: Any, font: Any) -> None:
         """Write a text in the middle of a row below the token."""
-        written = ax.text(
-            self.left[token] + (self.width[token] - 0.25) / 2,
-            self.line[token] * self.rows_per_line + row + 0.5,
-            text,
-            color=colour,
-            fontproperties=font,
-            ha="center",
-            va="center_baseline",
-            parse_math=False,  # a dollar is a dollar
-            usetex=False,
-            clip_on=True,
-        )
+        x = self.left[token] + (self.width[token] - 0.25) / 2
+        y = self.line[token] * self.rows_per_line + row + 0.5
+        place: dict[str, Any] = {"ha": "center", "va": "center_baseline", "clip_on": True}
+        plain = {"parse_math": False, "usetex": False}  # a dollar is a dollar
+        written = ax.text(x, y, text, color=colour, fontproperties=font, **place, **plain)
         # The text is inside the axes. Measuring thousands of texts takes longer than drawing them.
         written.set_in_layout(False)
 
@@ -56,26 +49,24 @@ def place(ax: Any, widths: Int[np.ndarray, " tokens"], rows_per_line: int) -> tu
 
     Raises `ValueError` if the text does not fit into `ax` in letters of 4 points.
     """
-    if ax is None:
-        size = _FONT_SIZES[0]
-        column, row = size * _COLUMN, size * _ROW
-        available = max(int((_WIDEST - _MARGIN[0]) / column), int(widths.max()))
-        left, line = _set_lines(widths, available)
-        num_columns = max(int((left + widths).max()), int((_NARROWEST - _MARGIN[0]) / column))
-        num_rows = (int(line[-1]) + 1) * rows_per_line
-        ax = given_or_new(None, num_columns * column + _MARGIN[0], num_rows * row + _MARGIN[1])
-        return ax, Page(left, widths, line, rows_per_line, num_columns, num_rows, size)
-    box = ax.get_window_extent()
-    width, height = box.width / ax.figure.dpi, box.height / ax.figure.dpi
+    width, height = _WIDTH, np.inf
+    if ax is not None:
+        box = ax.get_window_extent().size / ax.figure.dpi
+        width, height = box * (0.9, 0.75)  # what title, labels and colour bar leave
     for size in _FONT_SIZES:
-        # Title, labels and colour bar leave these shares of the axes.
-        num_columns, num_rows = int(0.9 * width / (size * _COLUMN)), 0.75 * height / (size * _ROW)
-        if widths.max() <= num_columns:
-            left, line = _set_lines(widths, num_columns)
-            if (line[-1] + 1) * rows_per_line <= num_rows:
-                return ax, Page(left, widths, line, rows_per_line, num_columns, num_rows, size)
+        num_columns, num_rows = int(width / (size * _COLUMN)), height / (size * _ROW)
+        if widths.max() > num_columns:
+            continue
+        left, line = _set_lines(widths, num_columns)
+        used = int(line[-1] + 1) * rows_per_line
+        if used <= num_rows:
+            if ax is None:
+                num_columns, num_rows = max(int((left + widths).max()), _FEWEST_COLUMNS), used
+                width, height = num_columns * size * _COLUMN, num_rows * size * _ROW
+                ax = given_or_new(None, width + _MARGIN[0], height + _MARGIN[1])
+            return ax, Page(left, widths, line, rows_per_line, num_columns, num_rows, size)
     raise ValueError(
-        f"`ax` must be large enough for {len(widths)} tokens. Got {width:.1f} x {height:.1f} "
+        f"`ax` must be large enough for {len(widths)} tokens. Got {box[0]:.1f} x {box[1]:.1f} "
         "inches. Without `ax` a figure of the right size is made."
     )
 

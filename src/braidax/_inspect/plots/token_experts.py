@@ -8,7 +8,7 @@ from jaxtyping import Array, Integer
 
 from ..._routing import Routing
 from ..assignments import Assignments
-from .axes import NO_VALUE, foreground, is_light, read_routing, require_matplotlib
+from .axes import GREY, foreground, is_light, read_routing, require_matplotlib
 from .text_pages import Page, place
 from .token_labels import num_columns, token_labels
 
@@ -31,16 +31,16 @@ def plot_token_experts(
     """The text, set in lines, and below each token its experts, coloured by routing weight.
 
     The number in a cell is the expert, and the largest weight is on top. The numbers at the left
-    margin are positions. Padding is hatched. A weight that is not finite is pink. Nobody
-    has no cell. Spaces, control
-    characters and glyphs that the font lacks are written as signs and escapes.
+    margin are positions. Padding is hatched. A weight that is not finite is pink. Nobody has no
+    cell. Spaces, control characters and glyphs that the font lacks are written as signs and
+    escapes.
 
     **Arguments:**
 
-    - `routing`: a `Routing` of 1 to 512 tokens; leading axes are read one after the other.
+    - `routing`: one layer's `Routing` of 1 to 512 tokens; batch axes are read one after the other.
     - `tokens`: texts (of a string: each character), `bytes` (each byte), or ids in a sequence or in
       an array `(*batch,)`, one for each token; by default their positions.
-    - `decode`: turns an id into its text.
+    - `decode`: turns an id into its text, as for `report`.
     - `ax`: the `Axes` to draw in and to return; by default those of a new figure without pyplot,
       as high as the text needs.
 
@@ -53,8 +53,8 @@ def plot_token_experts(
         >>> ax = bx.plot_token_experts(router(jnp.ones((15, 4)), jnp.array(list(text))), text)
 
     **Raises:** `ImportError` without matplotlib. `TypeError` for arguments of another kind.
-    `ValueError` for no tokens, too many, a number that differs from the routing's, or an `ax` too
-    small for them.
+    `ValueError` for a stacked routing, no tokens, too many, a number that differs from the
+    routing's, or an `ax` too small for them.
     """
     require_matplotlib()
     from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -75,13 +75,8 @@ def plot_token_experts(
     font = FontProperties(fname=path, size=page.font_size)
     _draw_cells(ax, page, data, font)
     for token, label in enumerate(labels):
-        colour = foreground(ax) if data.mask[token] else NO_VALUE
-        page.write(ax, token, 0, label, colour, font)
-    _finish(ax, page)
-    return ax
-
-
-def _finish(ax: Any, page: Page) -> None:
+        page.write(ax, token, 0, label, foreground(ax) if data.mask[token] else GREY, font)
+    _draw_padding_and_legend(ax, page, data)
     starts = np.unique(page.line, return_index=True)[1]
     ax.set(xlim=(-0.5, page.num_columns), ylim=(page.num_rows - 0.6, -0.2), xticks=[])
     ax.set(ylabel="Position of first token", title="Experts of each token, largest weight on top")
@@ -89,48 +84,54 @@ def _finish(ax: Any, page: Page) -> None:
     ax.tick_params(length=0)
     ax.grid(False)
     ax.spines[:].set_visible(False)
+    return ax
 
 
 def _draw_cells(ax: Any, page: Page, data: Assignments, font: Any) -> None:
-    """A cell for each expert of a token, a hatched box for padding, colour bar and legend."""
+    """A cell for each expert of a token, its number, and the colour bar of the weights."""
     from matplotlib import colormaps
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import Normalize
-    from matplotlib.patches import Patch
 
-    experts_per_token = data.indices.shape[1]
-    somebody = data.indices < data.num_experts
-    order = np.lexsort((-data.weights, ~somebody), axis=1)  # NaN comes last, but before nobody
-    somebody = np.take_along_axis(somebody, order, axis=1) & data.mask[:, None]
-    indices = np.take_along_axis(data.indices, order, axis=1)[somebody].tolist()
-    weights = np.take_along_axis(data.weights, order, axis=1)[somebody]
-    weights = np.ma.masked_invalid(weights.astype(np.float64))
-    tokens, rows = np.nonzero(somebody)
-    rows = rows + 1  # below the token
+    nobody = data.indices == data.num_experts
+    order = np.lexsort((-data.weights, nobody), axis=1)  # NaN comes last, but before nobody
+    tokens, ranks = np.nonzero(~np.take_along_axis(nobody, order, axis=1) & data.mask[:, None])
+    slots = order[tokens, ranks]
+    weights = np.ma.masked_invalid(data.weights[tokens, slots].astype(np.float64))
     finite = weights.compressed()
-    low, high = min(0.0, finite.min(initial=0.0)), finite.max(initial=0.0)
+    low, high = finite.min(initial=0.0), finite.max(initial=0.0)
     norm = Normalize(low, high if high > low else low + 1)
     colours = colormaps["cividis"].with_extremes(bad=_NOT_FINITE)
-    boxes = page.boxes(tokens, rows, rows)
+    boxes = page.boxes(tokens, ranks + 1, ranks + 1)
     cells = PolyCollection(boxes, array=weights, cmap=colours, norm=norm, linewidths=0)
     ax.add_collection(cells)
-    fills = colours(norm(weights))
-    for token, row, expert, fill in zip(
-        tokens.tolist(), rows.tolist(), indices, fills, strict=True
-    ):
-        page.write(ax, token, row, str(expert), "black" if is_light(fill) else "white", font)
+    cell = (tokens.tolist(), ranks.tolist(), data.indices[tokens, slots].tolist())
+    for token, rank, expert, fill in zip(*cell, colours(norm(weights)), strict=True):
+        colour = "black" if is_light(fill) else "white"
+        page.write(ax, token, rank + 1, str(expert), colour, font)
+    bottom = {"location": "bottom", "shrink": 0.5, "aspect": 30, "pad": 0.0}
+    ax.figure.colorbar(cells, ax=ax, label="Routing weight", **bottom)
+
+
+def _draw_padding_and_legend(ax: Any, page: Page, data: Assignments) -> None:
+    """A hatched box for every token of padding, and what hatching and pink mean, if they occur."""
+    from matplotlib.collections import PolyCollection
+    from matplotlib.patches import Patch
+
     legend = []
     padding = np.flatnonzero(~data.mask)
     if len(padding):
-        look: dict[str, Any] = dict(
-            hatch="////", facecolor="none", edgecolor=NO_VALUE, linewidth=0.5
-        )
-        ax.add_collection(PolyCollection(page.boxes(padding, 1, experts_per_token), **look))
-        legend.append(Patch(label="padding", **look))
-    if weights.size > finite.size:
+        hatched: dict[str, Any] = {
+            "hatch": "////",
+            "facecolor": "none",
+            "edgecolor": GREY,
+            "linewidth": 0.5,
+        }
+        boxes = page.boxes(padding, 1, data.indices.shape[1])
+        legend.append(ax.add_collection(PolyCollection(boxes, label="padding", **hatched)))
+    used = data.weights[data.mask][data.indices[data.mask] < data.num_experts]
+    if not np.isfinite(used).all():
         legend.append(Patch(label="weight not finite", facecolor=_NOT_FINITE))
-    bottom = {"location": "bottom", "shrink": 0.5, "aspect": 30, "pad": 0.0}
-    ax.figure.colorbar(cells, ax=ax, label="Routing weight", **bottom)
     if legend:
         corner = {"loc": "upper right", "bbox_to_anchor": (1.0, 0.0)}
         ax.legend(handles=legend, frameon=False, ncols=2, labelcolor=foreground(ax), **corner)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..assignments import on_host
+from ..top_tokens import token_text
 
 # A line has room for about a hundred columns, so longer tokens are cut.
 _LONGEST = 24
@@ -19,29 +20,26 @@ def token_labels(
     Raises `TypeError` for tokens that are neither text nor integers and for a `decode` that
     returns no text, `ValueError` for a wrong number of tokens and a `decode` without ids.
     """
-    if tokens is None:
-        if decode is not None:
-            raise ValueError("`decode` needs `tokens`, the ids to decode. Got None.")
-        return [str(position) for position in range(num_tokens)]
-    if isinstance(tokens, bytes):
-        tokens = [chr(byte) if byte < 128 else f"\\x{byte:02x}" for byte in tokens]
-    elif not isinstance(tokens, Sequence):
-        array = on_host("tokens", tokens)
-        if array.ndim == 0:
+    items = range(num_tokens) if tokens is None else tokens
+    if isinstance(items, bytes):
+        items = [chr(byte) if byte < 128 else f"\\x{byte:02x}" for byte in items]
+    elif not isinstance(items, Sequence):
+        items = on_host("tokens", items)
+        if items.ndim == 0:
             raise TypeError(
                 f"`tokens` must be a sequence, bytes or an array of ids. Got {tokens!r}."
             )
-        tokens = list(array.flat)
-    if decode is not None and any(isinstance(item, str) for item in tokens):
-        raise ValueError("`decode` needs `tokens` that are ids. Got text.")
-    texts = [item if isinstance(item, str) else _text(item, decode) for item in tokens]
-    if len(texts) != num_tokens:
+        items = items.reshape(-1)
+    if decode is not None and (tokens is None or any(isinstance(item, str) for item in items)):
+        raise ValueError(
+            f"`decode` needs `tokens` that are ids. Got {'None' if tokens is None else 'text'}."
+        )
+    if len(items) != num_tokens:
         raise ValueError(
             f"`tokens` must hold one token for each of the routing's {num_tokens}. "
-            f"Got {len(texts)}."
+            f"Got {len(items)}."
         )
-    labels = ["".join(_visible(character, font) for character in text) for text in texts]
-    return [text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..." for text in labels]
+    return [_label(item, decode, font) for item in items]
 
 
 def num_columns(label: str) -> int:
@@ -49,15 +47,13 @@ def num_columns(label: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in label)
 
 
-def _text(item: Any, decode: Callable[[int], str] | None) -> str:
-    try:
-        number = operator.index(item)
-    except TypeError:
-        raise TypeError(f"`tokens` must hold strings or integers. Got {item!r}.") from None
-    text = str(number) if decode is None else decode(number)
-    if not isinstance(text, str):
-        raise TypeError(f"`decode` must return a string. Got {text!r} for {number}.")
-    return text
+def _label(item: Any, decode: Callable[[int], str] | None, font: Any) -> str:
+    if not isinstance(item, str):
+        if not hasattr(item, "__index__"):
+            raise TypeError(f"`tokens` must hold strings or integers. Got {item!r}.")
+        item = token_text(decode, operator.index(item))
+    text = "".join(_visible(character, font) for character in item)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 def _visible(character: str, font: Any) -> str:

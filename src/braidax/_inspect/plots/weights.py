@@ -8,7 +8,7 @@ from jaxtyping import Float64
 
 from ..._routing import Routing
 from ..._text import counted
-from .axes import COLOURS, foreground, given_or_new, is_light, read_routings, require_matplotlib
+from .axes import COLOURS, foreground, given_or_new, is_light, read_routings
 
 # Whiskers end at 5 % and 95 %.
 _QUANTILES = {"whislo": 0.05, "q1": 0.25, "med": 0.5, "q3": 0.75, "whishi": 0.95}
@@ -24,8 +24,8 @@ def plot_weights(routing: Routing | Sequence[Routing], *, ax: Any = None) -> Any
 
     **Arguments:**
 
-    - `routing`: one `Routing`, with any leading axes, or a sequence of them from the same layer,
-      counted together.
+    - `routing`: one layer's `Routing`, with any batch axes, or a sequence of them from the same
+      layer, counted together.
     - `ax`: the `Axes` to draw in and to return; by default those of a new figure without pyplot.
 
     **Example:**
@@ -37,9 +37,9 @@ def plot_weights(routing: Routing | Sequence[Routing], *, ax: Any = None) -> Any
         'Routing weights by rank, 100 tokens'
 
     **Raises:** `ImportError` without matplotlib. `TypeError` for anything but a concrete `Routing`.
-    `ValueError` for routings that differ in size, and if all weights are NaN or of padding.
+    `ValueError` for stacked routings, routings that differ in size, and if all weights are NaN or
+    of padding.
     """
-    require_matplotlib()
     parts = read_routings(routing)
     somebody = np.concatenate([part.indices < part.num_experts for part in parts])
     weights = np.concatenate([part.weights for part in parts]).astype(np.float64)
@@ -54,14 +54,13 @@ def plot_weights(routing: Routing | Sequence[Routing], *, ax: Any = None) -> Any
     # Nobody is NaN, which comes last. Ranks that no token has are not drawn.
     weights = -np.sort(np.where(somebody, -weights, np.nan)[used], axis=1)
     weights = weights[:, ~np.isnan(weights).all(axis=0)]
-    num_tokens, experts_per_token = weights.shape
-    ax = given_or_new(ax, min(12.0, max(5.0, 2.5 + 0.6 * experts_per_token)), 4.0)
+    num_tokens, num_ranks = weights.shape
+    ax = given_or_new(ax, min(12.0, max(5.0, 2.5 + 0.6 * num_ranks)), 4.0)
     _draw(ax, weights)
-    low, high = ax.get_ylim()
     # Readers compare weights with 0, so 0 is the lower end unless a weight is negative.
-    ax.set_ylim(low if np.nanmin(weights) < 0 else 0.0, max(high, 0.0))
-    ax.set_xlim(0.5, experts_per_token + 0.5)
-    shown = range(1, experts_per_token + 1, -(-experts_per_token // 16))
+    low, high = ax.get_ylim()
+    ax.set(xlim=(0.5, num_ranks + 0.5), ylim=(low if np.nanmin(weights) < 0 else 0, max(high, 0)))
+    shown = range(1, num_ranks + 1, -(-num_ranks // 16))
     ax.set_xticks(list(shown), [str(rank) for rank in shown])
     title = f"Routing weights by rank, {counted(num_tokens, 'token')}"
     if left_out:
@@ -74,7 +73,6 @@ def _draw(ax: Any, weights: Float64[np.ndarray, "tokens experts_per_token"]) -> 
     """The boxes, and the dashed line of equal shares."""
     quantiles = np.nanquantile(weights, list(_QUANTILES.values()), axis=0).T
     colour = foreground(ax)
-    lines = {"color": colour}
     # The median stands out from either fill.
     fill = COLOURS[0] if is_light(colour) else COLOURS[5]
     ax.bxp(
@@ -83,8 +81,8 @@ def _draw(ax: Any, weights: Float64[np.ndarray, "tokens experts_per_token"]) -> 
         patch_artist=True,
         boxprops={"facecolor": fill, "edgecolor": colour},
         medianprops={"color": colour, "linewidth": 2.0},
-        whiskerprops=lines,
-        capprops=lines,
+        whiskerprops={"color": colour},
+        capprops={"color": colour},
     )
     sums = weights.sum(axis=1)
     # The sum of float32 weights that were divided by their sum is 1 within a few units of 6e-8.
