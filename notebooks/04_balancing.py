@@ -244,9 +244,10 @@ print("✓ no run is more than 0.15 bits per byte away from its run without bala
 #
 # ## The bias
 #
-# The bias of layer 1 while it trains, minus its mean, one line for each expert. Only differences
-# between experts matter: adding one number to all of them selects the same experts. A bias moves by
-# `rate` in each step, so it can go no further than `rate × steps`.
+# The bias of layer 1 while it trains, minus its mean, one line for each expert. The six that end
+# farthest from the mean have a name. Only differences between experts matter: adding one number to
+# all of them selects the same experts. A bias moves by `rate` in each step, so it can go no further
+# than `rate × steps`.
 
 # %% tags=["machine"]
 rates = (0.001, 0.01, 0.1)

@@ -16,6 +16,12 @@ _KINDS = {
 }
 
 
+def check(holds: object, name: str, must: str, given: object) -> None:
+    """`holds` is true, or a `ValueError` says of the argument `name` what `must` be."""
+    if not holds:
+        raise ValueError(f"`{name}` must {must}. Got {given}.")
+
+
 def positive_integer(name: str, value: Any) -> int:
     """`value` as a Python int of at least 1 and below 2**31, as the sizes of arrays are."""
     return integer(name, integer(name, value, 1), 1, 2**31 - 1)

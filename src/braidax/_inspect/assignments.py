@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 
+from .._checks import check
 from .._routing import Routing
 
 
@@ -58,11 +59,8 @@ def read_layers(name: str, routing: Routing, axes: tuple[int, ...]) -> list[Assi
     mask = True if routing.mask is None else on_host(name, routing.mask)
     batch_shape = indices.shape[:-1]
     # An axis of micro-batches could be taken for an axis of layers. Beside layers there is none.
-    if axes and dropped.shape != axes:
-        raise ValueError(
-            f"`{name}` must be stacked over the layers {axes} of its router and over nothing else. "
-            f"Got {dropped.shape}."
-        )
+    must = f"be stacked over the layers {axes} of its router and over nothing else"
+    check(axes in ((), dropped.shape), name, must, dropped.shape)
     flat = (math.prod(axes), math.prod(batch_shape[len(axes) :]))
     mask = np.broadcast_to(mask, batch_shape).reshape(flat)
     # Indices may be int8, which is too narrow for what is computed with them.
@@ -71,12 +69,9 @@ def read_layers(name: str, routing: Routing, axes: tuple[int, ...]) -> list[Assi
     dropped = dropped.reshape(flat[0], -1).sum(axis=1, dtype=np.int64).tolist()
     layers = [Assignments(*layer) for layer in zip(*arrays, mask, dropped, strict=True)]
     for layer in layers:
-        used = layer.indices[layer.mask]
-        if used.size and not 0 <= used.min() <= used.max() <= layer.num_experts:
-            raise ValueError(
-                f"`{name}.indices` must be in [0, experts={layer.num_experts}], of which "
-                f"{layer.num_experts} is nobody. Got {used.min()} to {used.max()}."
-            )
+        low, high = (find(layer.indices[layer.mask], initial=0) for find in (np.min, np.max))
+        must = f"be in [0, experts={layer.num_experts}], of which {layer.num_experts} is nobody"
+        check(0 <= low <= high <= layer.num_experts, f"{name}.indices", must, f"{low} to {high}")
     return layers
 
 
@@ -84,8 +79,6 @@ def checked_names(names: Iterable[str] | None, num_layers: int) -> list[str]:
     """The names of the layers, by default 0, 1 and so on. Raises `ValueError` for a wrong number
     of names."""
     found = list(map(str, range(num_layers) if names is None else names))
-    if len(found) != num_layers:
-        raise ValueError(
-            f"`layer_names` must hold one name per layer. Got {len(found)} for {num_layers} layers."
-        )
+    given = f"{len(found)} for {num_layers} layers"
+    check(len(found) == num_layers, "layer_names", "hold one name per layer", given)
     return found

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from .._checks import positive_integer
+from .._checks import check, positive_integer
 from .._filters import routers as find_routers
 from .._routing import Routing
 from .assignments import checked_names
@@ -67,8 +67,7 @@ def report(
     routers = kinds = None
     if model is not None:
         routers = find_routers(model)
-        if not routers:
-            raise ValueError(f"`model` must hold a router. Got a {type(model).__name__}.")
+        check(routers, "model", "hold a router", f"a {type(model).__name__}")
         kinds = tuple(router_kind(r) for r in routers for _ in range(math.prod(router_shape(r)[0])))
     figures, counts = _figures(read_batches(routings, input_ids, routers))
     names = tuple(checked_names(layer_names, len(counts)))

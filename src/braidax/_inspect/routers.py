@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .._checks import check
 from .._router import AbstractRouter, HashRouter, TopKRouter
 
 _KINDS = {HashRouter: "hash", TopKRouter: "top-k"}
@@ -18,11 +19,9 @@ def router_shape(router: AbstractRouter) -> tuple[tuple[int, ...], int]:
     Raises `ValueError` for a router without a weight.
     """
     weight: Any = getattr(getattr(router, "gate", None), "weight", None)
-    if not is_array(weight):
-        raise ValueError(
-            f"`model` must hold routers with a weight. Got a {type(router).__name__} whose "
-            f"`gate.weight` is {weight!r:.60}: give the whole model, not a half of `eqx.partition`."
-        )
+    given = f"a {type(router).__name__} whose `gate.weight` is {weight!r:.60}"
+    hint = "give the whole model, not a half of `eqx.partition`"
+    check(is_array(weight), "model", "hold routers with a weight", f"{given}: {hint}")
     return tuple(weight.shape[:-2]), weight.shape[-2]
 
 

@@ -83,8 +83,8 @@ def token_lines(
     lines = ["experts with the most one-sided load; `.top_tokens[layer][expert]` has all:"]
     for name, counts, tokens in list(zip(names, load, top_tokens, strict=True))[:_MOST_LAYERS]:
         busy = np.flatnonzero((counts * 2 >= counts.mean()) & (counts > 0))
-        shares = np.array([tokens[expert][0].count / counts[expert] for expert in busy])
-        for expert in busy[np.argsort(-shares, kind="stable")][:_MOST_EXPERTS]:
+        one_sided = sorted(busy, key=lambda expert: -tokens[expert][0].count / counts[expert])
+        for expert in one_sided[:_MOST_EXPERTS]:
             shown = _shares(tokens[expert], counts[expert])
             lines.append(f"  layer {name}, expert {expert}: {shown}")
     left = len(names) - _MOST_LAYERS

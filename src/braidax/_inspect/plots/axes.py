@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..._checks import check
 from ..._routing import Routing
 from ..assignments import Assignments, read_layers
 
@@ -58,12 +59,9 @@ def read_routing(routing: Any) -> Assignments:
     """The tokens of one layer's Routing in reading order. Raises `TypeError` for anything else."""
     if not isinstance(routing, Routing):
         raise TypeError(f"`routing` must be a Routing. Got {type(routing).__name__}.")
-    if routing.dropped.shape:
-        raise ValueError(
-            "`routing` must be of one layer and not stacked, or layers would be mixed. Got one "
-            f"stacked over {routing.dropped.shape}: `jax.tree.map(lambda array: array[0], routing)`"
-            " is its first part."
-        )
+    stacked = routing.dropped.shape
+    given = f"one over {stacked}: `jax.tree.map(lambda array: array[0], routing)` is its first part"
+    check(not stacked, "routing", "be of one layer, and not stacked", given)
     return read_layers("routing", routing, ())[0]
 
 
@@ -76,14 +74,9 @@ def read_routings(routing: Any) -> list[Assignments]:
     several = isinstance(routing, Sequence) and not isinstance(routing, str | bytes)
     parts = [read_routing(item) for item in (routing if several else [routing])]
     sizes = sorted({(part.num_experts, part.indices.shape[1]) for part in parts})
-    if len(sizes) > 1:
-        raise ValueError(
-            "`routing` must hold routings of one layer, alike in (experts, experts per token). "
-            f"Got {sizes}."
-        )
-    if not any(part.mask.any() for part in parts):
-        padding = sum(part.mask.size for part in parts)
-        raise ValueError(
-            f"`routing` must hold a token that is not padding. Got {padding} tokens, all padding."
-        )
+    must = "hold routings of one layer, alike in (experts, experts per token)"
+    check(len(sizes) < 2, "routing", must, sizes)
+    given = f"{sum(part.mask.size for part in parts)} tokens, all padding"
+    found = any(part.mask.any() for part in parts)
+    check(found, "routing", "hold a token that is not padding", given)
     return [part.unmasked() for part in parts]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Real
 
+from ..._checks import check
 from ..assignments import checked_names, on_host
 from .axes import COLOURS, GREY, foreground, given_or_new, integer_ticks
 
@@ -88,16 +89,13 @@ def _checked(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The steps, and the values called `name` in float64: finite, or NaN where there are gaps."""
     steps, values = on_host("steps", steps), on_host(name, values).astype(np.float64)
-    if steps.ndim != 1 or values.ndim != 2 or len(values) != len(steps) or not values.size:
-        raise ValueError(
-            f"`steps` must be (steps,) and `{name}` (steps, {column}s), not empty. "
-            f"Got {steps.shape} and {values.shape}."
-        )
+    fits = steps.ndim == 1 and values.ndim == 2 and len(values) == len(steps) and values.size
+    must = f"be (steps,) and `{name}` (steps, {column}s), not empty"
+    check(fits, "steps", must, f"{steps.shape} and {values.shape}")
+    must = "not be infinite" if gaps else "be finite"
     for row, number in np.argwhere(np.isinf(values) if gaps else ~np.isfinite(values)):
-        raise ValueError(
-            f"`{name}` must {'not be infinite' if gaps else 'be finite'}. "
-            f"Got {values[row, number]} at step {steps[row]}, {column} {number}."
-        )
+        given = f"{values[row, number]} at step {steps[row]}, {column} {number}"
+        raise ValueError(f"`{name}` must {must}. Got {given}.")
     return steps, values
 
 
@@ -114,21 +112,18 @@ def _draw_lines(ax: Any, x: Any, y: Any, names: Sequence[str], what: str, refere
         named = named[np.argsort(-ends[named], kind="stable")]
     marker = "o" if len(x) < 2 else None  # a single point draws no line
     grey = {"color": GREY, "linewidth": 0.8, "marker": marker}
-    lines = [
-        ax.plot(x, column, label=name, **grey)[0] for name, column in zip(names, y.T, strict=True)
-    ]
-    for line, colour in zip((lines[i] for i in named), colours, strict=False):
-        line.set(color=colour, linewidth=1.5, zorder=2.5)
+    lines = ax.plot(x, y, label=names, **grey)
     shown = [lines[i] for i in named]
+    for line, colour in zip(shown, colours, strict=False):
+        line.set(color=colour, linewidth=1.5, zorder=2.5)
     others = [line for line in lines if line not in shown]
-    for line in others:
-        line.set_label(f"{len(others)} more {what}{'s' if len(others) > 1 else ''}")
+    for line in others[:1]:
+        line.set_label(f"{len(others)} more {what}s")
     dashed = {"color": foreground(ax), "linestyle": "--", "linewidth": 1.2, "zorder": 3}
     shown += [*others[:1], ax.axhline(0.0, label=reference, **dashed)]
     ax.autoscale_view()  # keeps the line at 0 off the frame
     inches = ax.bbox.width / ax.figure.dpi
     integer_ticks(ax.xaxis, min(8, max(2, int(1.5 * inches))))  # a step may have six digits
     ax.set_xlabel("Training step")
-    place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    title = what.capitalize()
-    ax.legend(handles=shown, title=title, frameon=False, labelcolor=foreground(ax), **place)
+    place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "title": what.capitalize()}
+    ax.legend(handles=shown, frameon=False, labelcolor=foreground(ax), **place)

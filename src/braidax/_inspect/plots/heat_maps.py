@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Bool, Float64, Int64, Real
 
+from ..._checks import check
 from ..._routing import Routing
 from ..._text import counted
 from ..assignments import checked_names, on_host, read_layers
@@ -91,11 +92,8 @@ def plot_coactivation(routing: Routing | Sequence[Routing], *, ax: Any = None) -
     """
     parts = read_routings(routing)
     num_experts, experts_per_token = parts[0].num_experts, parts[0].indices.shape[1]
-    if experts_per_token < 2:
-        raise ValueError(
-            "`routing` must select at least 2 experts per token, or there is no pair. "
-            f"Got {experts_per_token}."
-        )
+    must = "select at least 2 experts per token, or there is no pair"
+    check(experts_per_token >= 2, "routing", must, experts_per_token)
     together = sum(coactivations(part.indices, num_experts) for part in parts)
     selected = np.diag(together)[:, None]
     hidden = np.eye(num_experts, dtype=bool) | (selected == 0)
@@ -149,20 +147,14 @@ def _load_table(loads: Any) -> np.ndarray:
     if isinstance(loads, Sequence) and all(isinstance(item, Routing) for item in loads):
         layers = [layer for r in loads for layer in read_layers("loads", r, r.dropped.shape)]
         sizes = [layer.num_experts for layer in layers]
-        if len(set(sizes)) > 1:
-            raise ValueError(
-                f"`loads` must hold routings with the same number of experts. Got {sizes}."
-            )
+        must = "hold routings with the same number of experts"
+        check(len(set(sizes)) < 2, "loads", must, sizes)
         loads = np.array([expert_load(layer) for layer in layers])
     table = on_host("loads", loads).astype(np.float64)
-    if table.ndim != 2 or table.size == 0:
-        raise ValueError(
-            "`loads` must be a non-empty array (layers, experts) or one Routing or several. "
-            f"Got shape {table.shape}."
-        )
-    wrong = ~(np.isfinite(table) & (table >= 0))
-    if wrong.any():
-        raise ValueError(f"`loads` must hold finite counts of at least 0. Got {table[wrong][0]}.")
+    must = "be a non-empty array (layers, experts) or one Routing or several"
+    check(table.ndim == 2 and table.size, "loads", must, f"shape {table.shape}")
+    wrong = table[~(np.isfinite(table) & (table >= 0))]
+    check(not wrong.size, "loads", "hold finite counts of at least 0", wrong[:1].sum())
     return table
 
 

@@ -21,8 +21,6 @@ class Page(NamedTuple):
     width: Int[np.ndarray, " tokens"]
     line: Int[np.ndarray, " tokens"]
     rows_per_line: int
-    num_columns: int
-    num_rows: float
     font_size: float
 
     def boxes(self, tokens: Any, first_rows: Any, last_rows: Any) -> list[np.ndarray]:
@@ -45,7 +43,7 @@ class Page(NamedTuple):
 
 
 def place(ax: Any, widths: Int[np.ndarray, " tokens"], rows_per_line: int) -> tuple[Any, Page]:
-    """The axes, new ones if `ax` is `None`, and the page that fits them.
+    """The axes, new ones if `ax` is `None`, and the page that fits them. Each line has a tick.
 
     Raises `ValueError` if the text does not fit into `ax` in letters of 4 points.
     """
@@ -54,21 +52,27 @@ def place(ax: Any, widths: Int[np.ndarray, " tokens"], rows_per_line: int) -> tu
         box = ax.get_window_extent().size / ax.figure.dpi
         width, height = box * (0.9, 0.75)  # what title, labels and colour bar leave
     for size in _FONT_SIZES:
-        num_columns, num_rows = int(width / (size * _COLUMN)), height / (size * _ROW)
-        if widths.max() > num_columns:
-            continue
+        num_columns = int(width / (size * _COLUMN))
         left, line = _set_lines(widths, num_columns)
-        used = int(line[-1] + 1) * rows_per_line
-        if used <= num_rows:
-            if ax is None:
-                num_columns, num_rows = max(int((left + widths).max()), _FEWEST_COLUMNS), used
-                width, height = num_columns * size * _COLUMN, num_rows * size * _ROW
-                ax = given_or_new(None, width + _MARGIN[0], height + _MARGIN[1])
-            return ax, Page(left, widths, line, rows_per_line, num_columns, num_rows, size)
-    raise ValueError(
-        f"`ax` must be large enough for {len(widths)} tokens. Got {box[0]:.1f} x {box[1]:.1f} "
-        "inches. Without `ax` a figure of the right size is made."
-    )
+        num_rows = int(line[-1] + 1) * rows_per_line
+        if widths.max() <= num_columns and num_rows * size * _ROW <= height:
+            break
+    else:
+        raise ValueError(
+            f"`ax` must be large enough for {len(widths)} tokens. Got {box[0]:.1f} x {box[1]:.1f} "
+            "inches. Without `ax` a figure of the right size is made."
+        )
+    if ax is None:
+        num_columns = max(int((left + widths).max()), _FEWEST_COLUMNS)
+        width, height = num_columns * size * _COLUMN, num_rows * size * _ROW
+        ax = given_or_new(None, width + _MARGIN[0], height + _MARGIN[1])
+    starts = np.unique(line, return_index=True)[1]
+    ax.set(xlim=(-0.5, num_columns), ylim=(height / (size * _ROW) - 0.6, -0.2), xticks=[])
+    ax.set_yticks(np.arange(len(starts)) * rows_per_line + 0.5, [str(i) for i in starts])
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    return ax, Page(left, widths, line, rows_per_line, size)
 
 
 def _set_lines(

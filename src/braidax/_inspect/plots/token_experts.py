@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Integer
 
+from ..._checks import check
 from ..._routing import Routing
 from ..assignments import Assignments
 from .axes import GREY, foreground, is_light, read_routing, require_matplotlib
@@ -60,30 +61,21 @@ def plot_token_experts(
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     data = read_routing(routing)
-    num_tokens, experts_per_token = data.indices.shape
-    if not 1 <= num_tokens <= _MOST_TOKENS:
-        raise ValueError(
-            f"`routing` must hold 1 to {_MOST_TOKENS} tokens, or the text cannot be read. "
-            f"Got {num_tokens}."
-        )
+    num_tokens = len(data.indices)
+    must = f"hold 1 to {_MOST_TOKENS} tokens, or the text cannot be read"
+    check(1 <= num_tokens <= _MOST_TOKENS, "routing", must, num_tokens)
     # One font file, not a family, so that the font asked for a glyph is the font that draws it.
     path = findfont(FontProperties(family="monospace"))
     labels = token_labels(tokens, decode, num_tokens, get_font(path))
     digits = len(str(data.num_experts - 1))
     widths = np.array([max(num_columns(label), digits) + 1 for label in labels])
-    ax, page = place(ax, widths, experts_per_token + 2)
+    ax, page = place(ax, widths, rows_per_line=data.indices.shape[1] + 2)
     font = FontProperties(fname=path, size=page.font_size)
     _draw_cells(ax, page, data, font)
     for token, label in enumerate(labels):
         page.write(ax, token, 0, label, foreground(ax) if data.mask[token] else GREY, font)
     _draw_padding_and_legend(ax, page, data)
-    starts = np.unique(page.line, return_index=True)[1]
-    ax.set(xlim=(-0.5, page.num_columns), ylim=(page.num_rows - 0.6, -0.2), xticks=[])
     ax.set(ylabel="Position of first token", title="Experts of each token, largest weight on top")
-    ax.set_yticks(np.arange(len(starts)) * page.rows_per_line + 0.5, [str(i) for i in starts])
-    ax.tick_params(length=0)
-    ax.grid(False)
-    ax.spines[:].set_visible(False)
     return ax
 
 
@@ -121,12 +113,7 @@ def _draw_padding_and_legend(ax: Any, page: Page, data: Assignments) -> None:
     legend = []
     padding = np.flatnonzero(~data.mask)
     if len(padding):
-        hatched: dict[str, Any] = {
-            "hatch": "////",
-            "facecolor": "none",
-            "edgecolor": GREY,
-            "linewidth": 0.5,
-        }
+        hatched: Any = {"hatch": "////", "facecolor": "none", "edgecolor": GREY, "linewidth": 0.5}
         boxes = page.boxes(padding, 1, data.indices.shape[1])
         legend.append(ax.add_collection(PolyCollection(boxes, label="padding", **hatched)))
     used = data.weights[data.mask][data.indices[data.mask] < data.num_experts]

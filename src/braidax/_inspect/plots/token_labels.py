@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..._checks import check
 from ..assignments import on_host
 from ..top_tokens import token_text
 
@@ -34,11 +35,8 @@ def token_labels(
         raise ValueError(
             f"`decode` needs `tokens` that are ids. Got {'None' if tokens is None else 'text'}."
         )
-    if len(items) != num_tokens:
-        raise ValueError(
-            f"`tokens` must hold one token for each of the routing's {num_tokens}. "
-            f"Got {len(items)}."
-        )
+    must = f"hold one token for each of the routing's {num_tokens}"
+    check(len(items) == num_tokens, "tokens", must, len(items))
     return [_label(item, decode, font) for item in items]
 
 

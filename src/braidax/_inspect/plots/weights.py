@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
+from ..._checks import check
 from ..._routing import Routing
 from ..._text import counted
 from .axes import COLOURS, foreground, given_or_new, is_light, read_routings
@@ -46,11 +47,8 @@ def plot_weights(routing: Routing | Sequence[Routing], *, ax: Any = None) -> Any
     finite = (np.isfinite(weights) | ~somebody).all(axis=1)
     left_out = int((~finite).sum())
     used = finite & somebody.any(axis=1)
-    if not used.any():
-        raise ValueError(
-            "`routing` must hold a token with finite weights. "
-            f"Got {len(weights)} tokens, none of them with."
-        )
+    given = f"{len(weights)} tokens, none of them with"
+    check(used.any(), "routing", "hold a token with finite weights", given)
     # Nobody is NaN, which comes last. Ranks that no token has are not drawn.
     weights = -np.sort(np.where(somebody, -weights, np.nan)[used], axis=1)
     weights = weights[:, ~np.isnan(weights).all(axis=0)]
