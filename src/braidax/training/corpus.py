@@ -90,16 +90,15 @@ def read_corpus(text: str | None = None, *, length: int = 0) -> Corpus:
 def _read_files(text: str | None, source: str) -> dict[str, bytes]:
     """`{relative name: contents}`. Raises `OSError` and `UserError`."""
     root = pathlib.Path(sysconfig.get_path("stdlib") if text is None else text)
-    # A device or a pipe is neither a file nor a folder, and might never end.
-    if not (os.path.isfile(root) or os.path.isdir(root)):
-        found = "neither a file nor a folder" if os.path.exists(root) else "no such file or folder"
-        raise UserError(f"--text {text}: {found}")
     if os.path.isfile(root):
         root, names = root.parent, iter([root.name])
-    else:
-        names = _walk(root)
+    elif os.path.isdir(root):
+        names = _walk(root, library=text is None)
+    else:  # A device or a pipe is neither, and might never end.
+        found = "neither a file nor a folder" if os.path.exists(root) else "no such file or folder"
+        raise UserError(f"--text {text}: {found}")
     contents, size = {}, 0
-    for name in names if text is not None else filter(_is_library_source, names):
+    for name in names:
         size += os.path.getsize(root / name)
         if size > _MOST_BYTES:
             raise UserError(f"{source}: too long: at most {_MOST_BYTES:,} bytes are read")
@@ -107,24 +106,21 @@ def _read_files(text: str | None, source: str) -> dict[str, bytes]:
     return contents
 
 
-def _walk(root: pathlib.Path) -> Iterator[str]:
+def _walk(root: pathlib.Path, *, library: bool) -> Iterator[str]:
     """Relative names, with forward slashes, of the files below `root`; hidden ones left out."""
 
     def refuse(error: OSError) -> None:
         raise error  # a folder that is passed over would change the corpus without a word
 
+    def wanted(name: str) -> bool:
+        skipped = name in _SKIPPED_FOLDERS or name.startswith(_SKIPPED_PREFIXES)
+        return not (name.startswith(".") or (library and skipped))
+
     for folder, folders, files in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = pathlib.Path(folder, name)
-            if not name.startswith(".") and os.path.isfile(path):
+        folders[:] = filter(wanted, folders)
+        for path in (pathlib.Path(folder, name) for name in files if wanted(name)):
+            if os.path.isfile(path) and (path.suffix == ".py" or not library):
                 yield path.relative_to(root).as_posix()
-
-
-def _is_library_source(name: str) -> bool:
-    parts = name.split("/")
-    built = any(part.startswith(_SKIPPED_PREFIXES) for part in parts)
-    return name.endswith(".py") and not built and _SKIPPED_FOLDERS.isdisjoint(parts)
 
 
 def _split(files: dict[str, bytes]) -> tuple[dict[str, bytes], dict[str, bytes]]:
