@@ -176,6 +176,8 @@ def test_the_held_out_pass_is_over_whole_batches_and_its_loss_is_their_mean(tmp_
         return np.float64(losses[first]), (np.array([first, 1]),), f"routings of {first}"
 
     monkeypatch.setattr(reports, "evaluate", evaluate)
-    bits, loads, routings = inspect.unwrap(reports.held_out_pass)(batches, Devices(None), None)
+    bits, loads, routings = inspect.unwrap(reports.held_out_pass)(
+        batches, Devices(None), None, keep=True
+    )
     assert bits == pytest.approx(2.5, rel=1e-7) and loads.tolist() == [[370, 2]]
-    assert routings == ("routings of 181", "routings of 189")
+    assert routings == ["routings of 181", "routings of 189"]

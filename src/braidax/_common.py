@@ -1,6 +1,6 @@
 """The layer that most people want, in one line."""
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 from jaxtyping import PRNGKeyArray
@@ -51,21 +51,11 @@ def top_k_moe(
     routed_key, shared_key = jax.random.split(key)
     router_key, experts_key = jax.random.split(routed_key)
     sizes = (hidden_size, num_experts, num_experts_per_token)
-    dtype = gate_options.get("dtype")
-    routed = RoutedMoE(
-        TopKRouter(*sizes, key=router_key, **gate_options),
-        Experts(
-            num_experts,
-            hidden_size,
-            intermediate_size,
-            activation=activation,
-            dtype=dtype,
-            key=experts_key,
-        ),
-        dispatch=dispatch,
-    )
+    router = TopKRouter(*sizes, key=router_key, **gate_options)
+    alike: Any = {"activation": activation, "dtype": gate_options.get("dtype")}
+    experts = Experts(num_experts, hidden_size, intermediate_size, key=experts_key, **alike)
+    routed = RoutedMoE(router, experts, dispatch=dispatch)
     if not shared:
         return routed
-    width = shared * intermediate_size
-    every = FeedForward(hidden_size, width, activation=activation, dtype=dtype, key=shared_key)
+    every = FeedForward(hidden_size, shared * intermediate_size, key=shared_key, **alike)
     return RoutedAndSharedMoE(routed, every)

@@ -37,14 +37,21 @@ def held_out_batches(settings: Settings, corpus: Corpus) -> Int[np.ndarray, "bat
 
 
 def held_out_pass(
-    windows: Int[np.ndarray, "batches batch _"], devices: Devices, model: LanguageModel
-) -> tuple[float, np.ndarray, tuple]:
-    """Bits per byte, the load of every routed layer, and the routings of every batch."""
-    results = [evaluate(model, devices.spread(batch)) for batch in windows]
-    losses, loads, routings = zip(*results, strict=True)
-    losses, loads = devices.on_host((losses, loads))
-    nats = math.fsum(map(float, losses)) / len(losses)
-    return nats / math.log(2), np.array(loads, np.int64).sum(axis=0), routings
+    windows: Int[np.ndarray, "batches batch _"],
+    devices: Devices,
+    model: LanguageModel,
+    *,
+    keep: bool = False,
+) -> tuple[float, np.ndarray, list]:
+    """Bits per byte, the load of every routed layer, and if they are to be kept, all routings."""
+    losses, loads, kept = [], np.zeros((), np.int64), []
+    for batch in windows:
+        loss, load, routings = evaluate(model, devices.spread(batch))
+        loss, load = devices.on_host((loss, load))
+        losses.append(float(loss))
+        loads = loads + np.array(load, np.int64)
+        kept += [routings] if keep else []
+    return math.fsum(losses) / len(losses) / math.log(2), loads, kept
 
 
 def validate(settings: Settings, corpus: Corpus, devices: Devices, state: State) -> dict:
@@ -130,7 +137,7 @@ def report_run(path: pathlib.Path, out: pathlib.Path | None = None) -> None:
     if settings.dense:
         raise UserError(f"{folder} holds a dense model, which has no routing to report on")
     windows = held_out_batches(settings, corpus)
-    bits, _, routings = held_out_pass(windows, Devices(None), state.model)
+    bits, _, routings = held_out_pass(windows, Devices(None), state.model, keep=True)
     ids = windows[:, :, :-1]
     report = _inspect.report(routings, model=state.model, input_ids=ids, decode=byte_text)
     title = (
