@@ -11,9 +11,6 @@ from ..._routing import Routing
 from ..._text import counted
 from .axes import COLOURS, foreground, given_or_new, is_light, read_routings
 
-# Whiskers end at 5 % and 95 %.
-_QUANTILES = {"whislo": 0.05, "q1": 0.25, "med": 0.5, "q3": 0.75, "whishi": 0.95}
-
 
 def plot_weights(routing: Routing | Sequence[Routing], *, ax: Any = None) -> Any:
     """Box plot of the routing weights by rank: rank 1 is each token's largest weight.
@@ -69,12 +66,12 @@ def plot_weights(routing: Routing | Sequence[Routing], *, ax: Any = None) -> Any
 
 def _draw(ax: Any, weights: Float64[np.ndarray, "tokens experts_per_token"]) -> None:
     """The boxes, and the dashed line of equal shares."""
-    quantiles = np.nanquantile(weights, list(_QUANTILES.values()), axis=0).T
     colour = foreground(ax)
     # The median stands out from either fill.
     fill = COLOURS[0] if is_light(colour) else COLOURS[5]
-    ax.bxp(
-        [dict(zip(_QUANTILES, column, strict=True)) for column in quantiles],
+    ax.boxplot(
+        [column[~np.isnan(column)] for column in weights.T],
+        whis=(5, 95),
         showfliers=False,
         patch_artist=True,
         boxprops={"facecolor": fill, "edgecolor": colour},
