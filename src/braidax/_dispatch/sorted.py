@@ -1,5 +1,6 @@
 """Dropless dispatch: one row for every assignment, sorted by expert."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from .._balance import count_sorted
 from .._checks import boolean
 from .._experts import AbstractExperts
 from .._matmul import LARGEST_BLOCK, AbstractGroupedMatmul, GroupedMatmul, accumulation_dtype
+from .._mesh import placed_by_compiler, split_axes, varying_alike
 from .._routing import Routing
 from .base import AbstractDispatch, checked_kernel
 
@@ -50,22 +52,54 @@ class SortedDispatch(AbstractDispatch):
         routing: Routing,
     ) -> tuple[Float[Array, "*batch hidden"], Int[Array, ""]]:
         """As `AbstractDispatch.__call__`."""
-        slots = routing.indices.shape[-1]
-        plan = plan_rows(routing.indices.reshape(-1), routing.scores.shape[-1])
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        rows = spread(tokens, plan.order, plan.inverse, slots)
-        compute = eqx.filter_checkpoint(experts) if self.remat else experts
-        product = GroupedMatmul(checked_kernel(self.matmul))
-        if is_symbolic_dim(rows.shape[0]):
-            # Rows of nobody, so that a block of a size that is known now fits among them.
-            rows = jnp.pad(rows, ((0, LARGEST_BLOCK), (0, 0)))
-        rows = compute(rows, plan.group_sizes, product)[: plan.order.size]
-        # As a spread with one slot: the weight of every row.
-        weights = spread(routing.weights.reshape(-1), plan.order, plan.inverse, 1)
-        rows = rows * weights[:, None].astype(rows.dtype)
-        output = collect(rows, plan.order, plan.inverse, slots)
-        output = output.astype(accumulation_dtype(hidden_states))
+        axes = split_axes((experts, hidden_states, routing))
+        if axes:
+            raise ValueError(
+                "`hidden_states` and `experts` must be whole on every device of an Explicit mesh, "
+                "because a `SortedDispatch` sorts all tokens. `braidax.ExpertParallel(mesh, "
+                f"axis=None, tokens=(...)).shard(model)` computes them in parts. Got {axes}."
+            )
+        slots, num_experts = routing.indices.shape[-1], routing.scores.shape[-1]
+        matmul = GroupedMatmul(checked_kernel(self.matmul))
+        arrays, static = eqx.partition(experts, eqx.is_array)
+
+        def combined(arrays, tokens, indices, weights):
+            compute = eqx.combine(arrays, static)
+            compute = eqx.filter_checkpoint(compute) if self.remat else compute
+            return weighted_sum(compute, matmul, tokens, indices, weights, num_experts=num_experts)
+
+        output = placed_by_compiler(
+            combined,
+            arrays,
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            routing.indices.reshape(-1, slots),
+            routing.weights.reshape(-1, slots),
+        )
         return output.reshape(hidden_states.shape), jnp.zeros((), jnp.int32)
+
+
+def weighted_sum(
+    experts: Callable[..., Array],
+    matmul: GroupedMatmul,
+    tokens: Float[Array, "tokens hidden"],
+    indices: Int[Array, "tokens experts_per_token"],
+    weights: Float[Array, "tokens experts_per_token"],
+    *,
+    num_experts: int,
+) -> Float[Array, "tokens hidden"]:
+    """Each token's weighted sum over the experts it names, in float32 or wider."""
+    tokens, indices, weights = varying_alike((tokens, indices, weights))
+    slots = indices.shape[-1]
+    plan = plan_rows(indices.reshape(-1), num_experts)
+    rows = spread(tokens, plan.order, plan.inverse, slots)
+    if is_symbolic_dim(rows.shape[0]):
+        # Rows of nobody, so that a block of a size that is known now fits among them.
+        rows = jnp.pad(rows, ((0, LARGEST_BLOCK), (0, 0)))
+    rows = experts(rows, plan.group_sizes, matmul)[: plan.order.size]
+    # As a spread with one slot: the weight of every row.
+    scales = spread(weights.reshape(-1), plan.order, plan.inverse, 1)
+    rows = rows * scales[:, None].astype(rows.dtype)
+    return collect(rows, plan.order, plan.inverse, slots).astype(accumulation_dtype(tokens))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

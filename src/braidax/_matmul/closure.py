@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from .._mesh import varying_alike
 from . import network
 from .base import AbstractGroupedMatmul, clear_nobody
 from .blocks import Blocks
@@ -60,6 +61,7 @@ class GroupedMatmul(eqx.Module):
         - `transposed`: whether the matrices are `(size_out, size_in)`.
         - `out_dtype`: of the result, by default float32 or wider.
         """
+        rows, weight, group_sizes = varying_alike((rows, weight, group_sizes))
         out_dtype = jnp.dtype(out_dtype or accumulation_dtype(rows, weight))
         if self.kernel.plain:
             weight = _unpacked(weight) if is_packed(weight) else weight
@@ -85,6 +87,7 @@ class GroupedMatmul(eqx.Module):
         - `activation`: elementwise, of gate and up, or of one argument. Hashable, and equal to
             every activation that computes the same.
         """
+        rows, weights, group_sizes = varying_alike((rows, weights, group_sizes))
         if self.kernel.plain or is_packed(weights.up) or is_packed(weights.down):
             return network.forward_saving(self, rows, weights, group_sizes, activation)[0]
         return _feed_forward(self.kernel, rows, weights, group_sizes, activation)
