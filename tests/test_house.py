@@ -41,7 +41,7 @@ RANKS = (
     ("_moe", "_bias_update"),
     ("_common",),
     ("_parallel", "_checkpoint", "_inspect"),
-    ("training",),
+    ("training", "exchange"),
     ("__init__",),
     ("__main__",),
 )

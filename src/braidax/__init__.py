@@ -65,6 +65,7 @@ from ._checkpoint import save_moe as save_moe
 from ._checkpoint import to_state_dict as to_state_dict
 
 # Scale
+from . import exchange as exchange
 from ._parallel import ExpertParallel as ExpertParallel
 from ._parallel import plan as plan
 

@@ -152,10 +152,10 @@ def test_released_weights(tmp_path, quantization):
     assert program.main(["summary", str(tmp_path)]) == 0
 
 
-@pytest.mark.parametrize("strategy", ["gather", "all_to_all"])
-def test_a_step_of_expert_parallelism(strategy):
+@pytest.mark.parametrize("exchange", [bx.exchange.Gather(), bx.exchange.AllToAll()], ids=repr)
+def test_a_step_of_expert_parallelism(exchange):
     mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
-    parallel = bx.ExpertParallel(mesh, strategy=strategy)
+    parallel = bx.ExpertParallel(mesh, exchange=exchange)
     model = parallel.shard(make_block())
     arrays, static = eqx.partition(model, eqx.is_array)
     model = eqx.combine(jax.device_put(arrays, parallel.shardings(arrays)), static)

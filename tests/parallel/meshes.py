@@ -14,7 +14,11 @@ import braidax as bx
 
 HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, VOCAB = 8, 6, 8, 3, 20
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-STRATEGIES = ("gather", "all_to_all", "ragged")
+EXCHANGES = {
+    "gather": bx.exchange.Gather(),
+    "all_to_all": bx.exchange.AllToAll(),
+    "ragged": bx.exchange.Ragged(),
+}
 # Its epsilon is above the rounding noise of a gradient, which Adam would otherwise divide by
 # itself.
 OPTIMIZER = optax.adamw(1e-2, eps=1e-3, mask=bx.decay_mask)
@@ -58,12 +62,6 @@ def make_tokens(*batch, dtype=jnp.float32):
     return hidden_states, input_ids, jax.random.normal(keys[2], (*batch, HIDDEN), dtype)
 
 
-def place(parallel, tree):
-    """Every array of `tree` where `shardings` says."""
-    arrays, static = eqx.partition(tree, eqx.is_array)
-    return eqx.combine(jax.device_put(arrays, parallel.shardings(arrays)), static)
-
-
 def spread(parallel, *arrays):
     """Token arrays over the token axes where they divide, else on every device."""
     for array in arrays:
@@ -101,11 +99,8 @@ def step(model, optimizer_state, hidden_states, input_ids, target):
 
 def init_optimizer(model, parallel=None):
     """The optimizer state, with the model's placement."""
-    trained = eqx.filter(model, bx.trainable(model))
-    if parallel is None:
-        return OPTIMIZER.init(trained)
-    shapes = eqx.filter_eval_shape(OPTIMIZER.init, trained)
-    return jax.jit(OPTIMIZER.init, out_shardings=parallel.shardings(shapes))(trained)
+    state = OPTIMIZER.init(eqx.filter(model, bx.trainable(model)))
+    return state if parallel is None else parallel.shard(state)
 
 
 def train(model, tokens, parallel=None, steps=3):

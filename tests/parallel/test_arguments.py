@@ -17,12 +17,12 @@ import braidax as bx
     "options, error, message",
     [
         ({"axis": "model"}, ValueError, "`tokens` must hold `axis`"),
+        ({"axis": None, "tokens": ()}, ValueError, "an axis where `axis` is None"),
         ({"tokens": ("expert", "batch")}, ValueError, "`mesh` must hold the axes"),
         ({"tokens": ("expert", "expert")}, ValueError, "no name twice"),
         ({"tokens": "expert"}, TypeError, "`tokens` must be a tuple"),
-        ({"strategy": "ring"}, ValueError, "`strategy` must be one of"),
-        ({"capacity": 1.5}, ValueError, "`capacity` must be None unless"),
-        ({"strategy": "all_to_all", "capacity": 0}, ValueError, "`capacity` must be finite and"),
+        ({"exchange": "ring"}, TypeError, "`exchange` must be an `AbstractExchange`"),
+        ({"axis": None, "exchange": bx.exchange.Gather()}, ValueError, "must be None where `axis`"),
         ({"matmul": bx.matmul.Dense()}, TypeError, "`matmul` must be a kernel for groups of any"),
         ({"matmul": "ragged"}, TypeError, "`matmul` must be a kernel for groups of any"),
     ],
@@ -30,6 +30,11 @@ import braidax as bx
 def test_construction(options, error, message, unchecked):
     with pytest.raises(error, match=message):
         bx.ExpertParallel(make_mesh(), **options)
+
+
+def test_a_capacity_is_a_positive_number(unchecked):
+    with pytest.raises(ValueError, match="`capacity` must be finite and"):
+        bx.exchange.AllToAll(0)
 
 
 def test_axes_of_two_kinds(unchecked):
@@ -57,7 +62,8 @@ def test_models():
 
 def test_whatever_the_block_had_is_replaced():
     """Dispatches of one device have no say over the mesh."""
-    parallel = bx.ExpertParallel(make_mesh(), strategy="ragged", matmul=bx.matmul.Ragged())
+    options = {"exchange": bx.exchange.Ragged(), "matmul": bx.matmul.Ragged()}
+    parallel = bx.ExpertParallel(make_mesh(), **options)
     for dispatch in (bx.DenseDispatch(), bx.SortedDispatch(bx.matmul.Blocks())):
         model = parallel.shard([make_block(dispatch=dispatch)])
         assert model[0].routed.dispatch == parallel
@@ -69,7 +75,7 @@ def test_the_dispatch_is_replaced_as_any_field(kind):
     parallel = bx.ExpertParallel(make_mesh(kind))
     block = parallel.shard(make_block().routed)
     hidden_states = make_tokens(4, 5)[0]
-    other = bx.ExpertParallel(parallel.mesh, strategy="all_to_all", capacity=2.0)
+    other = bx.ExpertParallel(parallel.mesh, exchange=bx.exchange.AllToAll(2.0))
     gradients = eqx.filter(block, bx.trainable(block))
     for tree in (block, gradients):
         assert tree.dispatch == parallel
@@ -102,7 +108,7 @@ def test_tokens(unchecked):
         model(hidden_states)
 
 
-def test_shard_touches_only_the_blocks():
+def test_shard_places_all_and_keeps_layouts_on_the_mesh():
     mesh = make_mesh()
     parallel = bx.ExpertParallel(mesh)
     fsdp = NamedSharding(mesh, PartitionSpec(None, "data"))
@@ -111,8 +117,8 @@ def test_shard_touches_only_the_blocks():
     embedding = eqx.tree_at(lambda e: e.weight, embedding, weight)
     model = {"embedding": embedding, "block": make_block(), "scale": jnp.ones(())}
     sharded = parallel.shard(model)
-    assert sharded["embedding"].weight is embedding.weight
-    assert sharded["block"].shared.down is model["block"].shared.down
+    assert sharded["embedding"].weight.sharding == fsdp
+    assert sharded["block"].shared.down.sharding == NamedSharding(mesh, PartitionSpec())
     shardings = parallel.shardings(sharded)
     assert shardings["embedding"].weight == fsdp
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -11,10 +11,12 @@ import pytest
 from meshes import make_mesh
 
 import braidax as bx
-from braidax._parallel import traffic
+from braidax._parallel.exchange import Sizes
+from braidax._parallel.plan import bytes_forward, working_bytes
 from braidax._parallel.shards import CHUNK
 
 HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, TOKENS = 128, 20, 16, 2, 64
+EXCHANGES = (bx.exchange.Gather(), bx.exchange.AllToAll(1.5), bx.exchange.Ragged())
 NAMES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 ITEM = {"f32": 4, "s32": 4, "pred": 1, "bf16": 2}
 
@@ -57,9 +59,9 @@ def sent(name, shapes, group):
 
 
 @functools.cache
-def compile_block(strategy, shape, backward, capacity=None, kind="auto"):
+def compile_block(exchange, shape, backward, kind="auto"):
     mesh = make_mesh(kind, shape)
-    parallel = bx.ExpertParallel(mesh, strategy=strategy, capacity=capacity)
+    parallel = bx.ExpertParallel(mesh, exchange=exchange)
     keys = jax.random.split(jax.random.key(0))
     router = bx.TopKRouter(HIDDEN, EXPERTS, SLOTS, key=keys[0])
     experts = bx.Experts(EXPERTS, HIDDEN, INTERMEDIATE, key=keys[1])
@@ -99,14 +101,11 @@ def token_traffic(found):
         ("explicit", (2, 2)),
     ],
 )
-@pytest.mark.parametrize("strategy, capacity", [("gather", None), ("all_to_all", 1.5)])
-def test_only_what_was_written(strategy, capacity, kind, shape):
+@pytest.mark.parametrize("exchange", EXCHANGES[:2], ids=repr)
+def test_only_what_was_written(exchange, kind, shape):
     size, tokens = shape[1], local_tokens(shape)
-    sizes = traffic.Sizes(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, tokens, 4)
-    texts = [
-        compile_block(strategy, shape, backward, capacity, kind).as_text()
-        for backward in (False, True)
-    ]
+    sizes = Sizes(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, tokens, 4)
+    texts = [compile_block(exchange, shape, backward, kind).as_text() for backward in (False, True)]
     forward, both = (list(collectives(text)) for text in texts)
     weights = {
         (EXPERTS // size, 2, INTERMEDIATE, HIDDEN),
@@ -128,28 +127,28 @@ def test_only_what_was_written(strategy, capacity, kind, shape):
     for rows, width in re.findall(r"f32\[(\d+),(\d+)\]", "".join(texts)):
         assert int(rows) < worst or int(width) < INTERMEDIATE
     per_token = token_traffic(forward) / tokens
-    assert per_token == pytest.approx(traffic.bytes_forward(strategy, sizes, size, capacity))
-    expected = per_token + traffic.bytes_backward(strategy, sizes, size, capacity)
+    assert per_token == pytest.approx(bytes_forward(exchange, sizes, size))
+    # The transpose moves no ids.
+    expected = 2 * per_token - 4 * SLOTS * exchange.rows_sent(sizes, size)
     assert token_traffic(both) / tokens == pytest.approx(expected)
     # The closed formulas, float32 on both ways and without the slots' metadata.
-    rows = size - 1 if strategy == "gather" else (size - 1) * capacity * min(1, SLOTS / size)
+    share = getattr(exchange, "capacity", 1) * min(1, SLOTS / size)
+    rows = size - 1 if exchange == bx.exchange.Gather() else (size - 1) * share
     assert per_token == pytest.approx(2 * min(rows, size - 1) * HIDDEN * 4, rel=0.05)
 
 
 @pytest.mark.parametrize("shape", [pytest.param((1, 4), marks=pytest.mark.slow), (2, 2)])
-@pytest.mark.parametrize(
-    "strategy, capacity", [("gather", None), ("all_to_all", 1.5), ("ragged", None)]
-)
-def test_the_planner_knows_what_is_held(strategy, capacity, shape):
+@pytest.mark.parametrize("exchange", EXCHANGES, ids=repr)
+def test_the_planner_knows_what_is_held(exchange, shape):
     """Temporary memory of the compiled forward pass; on a CPU, where `ragged` is emulated."""
-    sizes = traffic.Sizes(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, local_tokens(shape), 4)
-    planned = traffic.working_bytes(strategy, sizes, shape[1], capacity, CHUNK)
-    memory = compile_block(strategy, shape, False, capacity).memory_analysis()
+    sizes = Sizes(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, local_tokens(shape), 4)
+    planned = working_bytes(exchange, sizes, shape[1], CHUNK)
+    memory = compile_block(exchange, shape, False).memory_analysis()
     # `blocks` holds one chunk of rows, over which it writes their outputs, and nothing of
     # intermediate width.
     in_place = math.ceil(CHUNK * sizes.tokens * SLOTS) * 4 * (HIDDEN + 3 * INTERMEDIATE)
     # Not all of that is alive at once; what is not planned for is small.
     assert 0.7 * (planned - in_place) < memory.temp_size_in_bytes < 1.15 * planned
-    arguments = traffic.weight_bytes(sizes, shape[1])
+    arguments = 4 * EXPERTS // shape[1] * 3 * HIDDEN * INTERMEDIATE
     arguments += 4 * HIDDEN * (EXPERTS + sizes.tokens)  # the router and the tokens
     assert memory.argument_size_in_bytes == pytest.approx(arguments, rel=1e-3)

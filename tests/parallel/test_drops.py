@@ -61,7 +61,7 @@ def routing_of_one_device():
 def test_drops_are_counted_exactly(shape, capacity):
     hidden_states, _, target = make_tokens(TOKENS)
     routing = routing_of_one_device()
-    parallel = bx.ExpertParallel(make_mesh("auto", shape), strategy="all_to_all", capacity=capacity)
+    parallel = bx.ExpertParallel(make_mesh("auto", shape), exchange=bx.exchange.AllToAll(capacity))
     kept, dropped = recount(
         np.asarray(routing.indices),
         np.asarray(routing.mask),
@@ -84,7 +84,7 @@ def test_no_capacity_drops_nothing_even_if_everyone_wants_one_expert():
     block = make_block()
     routing = routing_of_one_device()
     routing = eqx.tree_at(lambda r: r.indices, routing, jnp.zeros_like(routing.indices))
-    parallel = bx.ExpertParallel(make_mesh("auto", (1, 4)), strategy="all_to_all")
+    parallel = bx.ExpertParallel(make_mesh("auto", (1, 4)), exchange=bx.exchange.AllToAll())
     actual = run(parallel.shard(block), hidden_states, target, routing)
     assert int(actual[0][1][1].dropped) == 0
     assert_trees_close(actual[1], run(block, hidden_states, target, routing)[1])

@@ -9,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshes import (
+    EXCHANGES,
     HIDDEN,
     KINDS,
-    STRATEGIES,
     assert_trees_close,
     loss_of,
     make_block,
     make_mesh,
     make_tokens,
-    place,
     slow_but_one,
     spread,
     train,
@@ -27,7 +26,7 @@ import braidax as bx
 
 # One leading axis that divides over four shards, and tokens that do not.
 BATCHES = {"divides": (4, 5), "padded": (3, 5)}
-# Every pair of strategy and mesh, of strategy and batch, and of mesh and batch: half of all
+# Every pair of exchange and mesh, of exchange and batch, and of mesh and batch: half of all
 # triples, each of which compiles a training step of its own.
 TRAINED = [
     ("gather", "auto", "divides"),
@@ -45,16 +44,16 @@ def one_device(batch, num_experts=8):
 
 
 def test_every_pair_is_trained():
-    axes = (STRATEGIES, KINDS, BATCHES)
+    axes = (EXCHANGES, KINDS, BATCHES)
     for one, other in itertools.combinations(range(3), 2):
         wanted = set(itertools.product(axes[one], axes[other]))
         assert {(case[one], case[other]) for case in TRAINED} == wanted
 
 
-@pytest.mark.parametrize("strategy, kind, batch", TRAINED)
-def test_training_equals_one_device(strategy, kind, batch, caplog):
-    parallel = bx.ExpertParallel(make_mesh(kind), strategy=strategy)
-    model = place(parallel, parallel.shard(make_block()))
+@pytest.mark.parametrize("exchange, kind, batch", TRAINED)
+def test_training_equals_one_device(exchange, kind, batch, caplog):
+    parallel = bx.ExpertParallel(make_mesh(kind), exchange=EXCHANGES[exchange])
+    model = parallel.shard(make_block())
     tokens = spread(parallel, *make_tokens(*BATCHES[batch]))
     desired = one_device(BATCHES[batch])
     with jax.log_compiles():
@@ -82,14 +81,14 @@ def test_experts_that_do_not_divide_are_padded(kind):
         model = parallel.shard(make_block(num_experts=6))
     tokens = list(spread(parallel, *make_tokens(4, 5)))
     assert_trees_close(
-        train(place(parallel, model), tokens, parallel, steps=1),
+        train(model, tokens, parallel, steps=1),
         train(make_block(num_experts=6), make_tokens(4, 5), steps=1),
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "shape, names, tokens, strategy",
+    "shape, names, tokens, exchange",
     [
         ((4, 1), ("data", "expert"), ("data", "expert"), "gather"),
         ((4, 1), ("data", "expert"), ("data", "expert"), "all_to_all"),
@@ -99,9 +98,10 @@ def test_experts_that_do_not_divide_are_padded(kind):
         ((2, 2), ("data", "expert"), ("expert", "data"), "ragged"),
     ],
 )
-def test_other_meshes(shape, names, tokens, strategy):
+def test_other_meshes(shape, names, tokens, exchange):
     hidden_states, input_ids, _ = make_tokens(4, 5)
-    parallel = bx.ExpertParallel(make_mesh("auto", shape, names), tokens=tokens, strategy=strategy)
+    mesh, exchange = make_mesh("auto", shape, names), EXCHANGES[exchange]
+    parallel = bx.ExpertParallel(mesh, tokens=tokens, exchange=exchange)
     actual = eqx.filter_jit(parallel.shard(make_block()))(hidden_states, input_ids)
     assert_trees_close(actual, forward_on_one_device())
 
@@ -134,13 +134,13 @@ def masked_on_one_device():
 def test_hashed_masked_and_replayed(kind):
     arrays, desired = masked_on_one_device()
     parallel = bx.ExpertParallel(make_mesh(kind))
-    model = place(parallel, parallel.shard(make_block("hash")))
+    model = parallel.shard(make_block("hash"))
     assert_trees_close(masked_and_replayed(model, *spread(parallel, *arrays)), desired)
 
 
-@pytest.mark.parametrize("strategy", slow_but_one(STRATEGIES))
-def test_nothing_of_a_masked_token_gets_out(strategy):
-    parallel = bx.ExpertParallel(make_mesh(), strategy=strategy)
+@pytest.mark.parametrize("exchange", slow_but_one(EXCHANGES))
+def test_nothing_of_a_masked_token_gets_out(exchange):
+    parallel = bx.ExpertParallel(make_mesh(), exchange=EXCHANGES[exchange])
     hidden_states, input_ids, _ = make_tokens(3, 5)
     mask = jnp.arange(15).reshape(3, 5) % 4 != 1
     broken = jnp.where(mask[..., None], hidden_states, jnp.nan)
@@ -150,9 +150,9 @@ def test_nothing_of_a_masked_token_gets_out(strategy):
     assert_trees_close(gradients, model(sharded, hidden_states, input_ids, mask), tolerance=0)
 
 
-@pytest.mark.parametrize("strategy", slow_but_one(STRATEGIES))
-def test_a_nan_token_reaches_itself_alone(strategy):
-    parallel = bx.ExpertParallel(make_mesh(), strategy=strategy)
+@pytest.mark.parametrize("exchange", slow_but_one(EXCHANGES))
+def test_a_nan_token_reaches_itself_alone(exchange):
+    parallel = bx.ExpertParallel(make_mesh(), exchange=EXCHANGES[exchange])
     hidden_states, input_ids, _ = make_tokens(4, 5)
     broken = hidden_states.at[1, 2].set(jnp.nan)
     model = eqx.filter_jit(parallel.shard(make_block()))
@@ -170,7 +170,7 @@ def test_a_nan_token_reaches_itself_alone(strategy):
 def test_one_token_and_none(kind, batch):
     parallel = bx.ExpertParallel(make_mesh(kind))
     block = make_block()
-    model = place(parallel, parallel.shard(block))
+    model = parallel.shard(block)
     hidden_states, input_ids, _ = make_tokens(*batch)
     actual = eqx.filter_jit(model)(*spread(parallel, hidden_states, input_ids))
     assert actual[0].shape == (*batch, HIDDEN)
@@ -185,9 +185,9 @@ def bfloat16_on_one_device():
     return evaluate(make_block(dtype=jnp.bfloat16), *make_tokens(4, 5, dtype=jnp.bfloat16))
 
 
-@pytest.mark.parametrize("strategy", slow_but_one(STRATEGIES))
-def test_bfloat16(strategy):
-    parallel = bx.ExpertParallel(make_mesh(), strategy=strategy)
+@pytest.mark.parametrize("exchange", slow_but_one(EXCHANGES))
+def test_bfloat16(exchange):
+    parallel = bx.ExpertParallel(make_mesh(), exchange=EXCHANGES[exchange])
     model = parallel.shard(make_block(dtype=jnp.bfloat16))
     actual = evaluate(model, *make_tokens(4, 5, dtype=jnp.bfloat16))
     desired = bfloat16_on_one_device()
@@ -223,25 +223,25 @@ def stacked_layers():
     return layers, (hidden_states, target), scanned(layers, hidden_states, target)
 
 
-@pytest.mark.parametrize("strategy", slow_but_one(STRATEGIES))
-def test_layers_by_scan_with_checkpoint(strategy):
+@pytest.mark.parametrize("exchange", slow_but_one(EXCHANGES))
+def test_layers_by_scan_with_checkpoint(exchange):
     layers, tokens, desired = stacked_layers()
-    sharded = bx.ExpertParallel(make_mesh(), strategy=strategy).shard(layers)
+    sharded = bx.ExpertParallel(make_mesh(), exchange=EXCHANGES[exchange]).shard(layers)
     assert sharded.experts.down.sharding.spec[:2] == (None, "expert")
     assert_trees_close(scanned(sharded, *tokens), desired)
 
 
 @pytest.mark.parametrize("kind", slow_but_one(KINDS))
 def test_what_was_loaded_is_placed_again(kind, tmp_path):
-    """README, "More than one device": a file knows no devices."""
+    """A file knows no devices."""
     hidden_states, input_ids, _ = make_tokens(4, 5)
     parallel = bx.ExpertParallel(make_mesh(kind))
-    sharded = place(parallel, parallel.shard(make_block(seed=1)))
+    sharded = parallel.shard(make_block(seed=1))
     eqx.tree_serialise_leaves(tmp_path / "one", make_block())
     loaded = eqx.tree_deserialise_leaves(tmp_path / "one", sharded)
     arrays = [leaf for leaf in jax.tree.leaves(loaded) if eqx.is_array(leaf)]
     assert all(len(leaf.devices()) == 1 for leaf in arrays)
-    placed = place(parallel, loaded)
+    placed = parallel.shard(loaded)
     for leaf, like in zip(*map(jax.tree.leaves, (placed, sharded)), strict=True):
         assert leaf.sharding == like.sharding
     actual = eqx.filter_jit(placed)(*spread(parallel, hidden_states, input_ids))

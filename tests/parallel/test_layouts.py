@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from meshes import (
+    EXCHANGES,
     KINDS,
     assert_trees_close,
     loss_of,
     make_block,
     make_mesh,
     make_tokens,
-    place,
     slow_but_one,
 )
 
@@ -48,18 +48,18 @@ def test_a_layout_over_another_axis_is_kept(kinds):
     wanted = [PartitionSpec("expert", None, "model"), PartitionSpec(("expert", "model"))]
     assert [weight.sharding.spec for weight in WEIGHTS(model)] == wanted
     assert [s.spec for s in WEIGHTS(parallel.shardings(model))] == wanted
-    assert [weight.sharding.spec for weight in WEIGHTS(place(parallel, model))] == wanted
+    assert [weight.sharding.spec for weight in WEIGHTS(parallel.shard(model))] == wanted
     # A quarter of the weights on each of the four devices.
     for weight in WEIGHTS(model):
         assert 4 * weight.addressable_shards[0].data.size == weight.size
     assert_trees_close(evaluate(model, *make_tokens(4, 5)), one_device())
 
 
-@pytest.mark.parametrize("strategy", slow_but_one(["gather", "ragged"]))
-def test_inside_a_shard_map_of_the_users(strategy):
+@pytest.mark.parametrize("exchange", slow_but_one(["gather", "ragged"]))
+def test_inside_a_shard_map_of_the_users(exchange):
     """The batch in two parts by the user's `shard_map`, and each part over the experts."""
     mesh = make_mesh("auto", (2, 2), ("replica", "expert"))
-    parallel = bx.ExpertParallel(mesh, tokens=("expert",), strategy=strategy)
+    parallel = bx.ExpertParallel(mesh, tokens=("expert",), exchange=EXCHANGES[exchange])
     hidden_states, input_ids, target = make_tokens(4, 5)
     everywhere, halves = PartitionSpec(), PartitionSpec("replica")
 
@@ -69,7 +69,7 @@ def test_inside_a_shard_map_of_the_users(strategy):
     def part(arrays, hidden_states, input_ids):
         return hidden_states + eqx.combine(arrays, static)(hidden_states, input_ids)[0]
 
-    model = place(parallel, parallel.shard(make_block()))
+    model = parallel.shard(make_block())
     arrays, static = eqx.partition(model, eqx.is_inexact_array)
     mapped = jax.shard_map(
         part,
@@ -97,7 +97,7 @@ def test_inside_a_shard_map_of_the_users(strategy):
 def test_where_it_cannot_be_called(kind, taken, message, unchecked):
     mesh = make_mesh(kind)
     parallel = bx.ExpertParallel(mesh, tokens=("expert",))
-    model = place(parallel, parallel.shard(make_block()))
+    model = parallel.shard(make_block())
     hidden_states = jax.device_put(make_tokens(4, 5)[0], NamedSharding(mesh, PartitionSpec()))
     mapped = jax.shard_map(
         lambda model, hidden_states: model(hidden_states)[0],

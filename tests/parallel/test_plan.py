@@ -3,31 +3,31 @@
 import pytest
 
 import braidax as bx
-from braidax._parallel import traffic
+from braidax._parallel.exchange import Sizes
 
-FLASH = traffic.Sizes(4096, 2048, 256, 6, 8192, 2)
+FLASH = Sizes(4096, 2048, 256, 6, 8192, 2)
 
 
 def test_destinations_of_v4_flash():
     sizes = (2, 4, 8, 16, 32, 64)
-    means = [traffic.destinations(FLASH, size) for size in sizes]
+    means = [FLASH.destinations(size) for size in sizes]
     assert [round(mean, 2) for mean in means] == [1.97, 3.30, 4.44, 5.18, 5.60, 5.83]
 
 
 def test_v4_flash_by_hand():
     plan = bx.plan(bx.MoEConfig.deepseek_v4_flash(), 64, 8192, 450e9, 400e12)
-    rows = {(row.size, row.strategy): row for row in plan.rows}
+    rows = {(row.size, type(row.exchange).__name__): row for row in plan.rows}
     assert len(rows) == 3 * 7
     # 7 other devices; 4096 x (2 bytes there + 4 back) + 6 slots x 8 bytes.
-    gather = rows[8, "gather"]
+    gather = rows[8, "Gather"]
     assert gather.bytes_per_token == 7 * (4096 * 6 + 48)
     assert gather.communication_seconds == gather.bytes_per_token / 450e9
     assert gather.weight_bytes == 32 * 3 * 4096 * 2048 * 2
     # 302 MFLOP per token.
     assert gather.compute_seconds == pytest.approx(302e6 / 400e12, rel=1e-3)
     # 8192 x 6 / 8 x 1.25 = 7680 slots for each pair.
-    assert rows[8, "all_to_all"].bytes_per_token == 7 * 7680 / 8192 * (4096 * 6 + 48)
-    assert rows[1, "ragged"].bytes_per_token == 0
+    assert rows[8, "AllToAll"].bytes_per_token == 7 * 7680 / 8192 * (4096 * 6 + 48)
+    assert rows[1, "Ragged"].bytes_per_token == 0
     lines = str(plan).splitlines()
     assert len(lines) == 2 + len(rows) and len(set(map(len, lines))) == 1
 

@@ -19,7 +19,9 @@ from meshes import (
 )
 
 import braidax as bx
-from braidax._parallel import ragged, traffic
+from braidax._parallel import ragged
+from braidax._parallel.exchange import Sizes
+from braidax._parallel.plan import bytes_forward
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +63,7 @@ def test_unwritten_rows_are_never_read(monkeypatch):
     monkeypatch.setattr(ragged, "emulated", lambda *a, **k: calls.append(1) or poisoned(*a, **k))
     # A size that no other test compiles. Some tokens go to one device alone: rows are to spare.
     hidden_states, input_ids, target = make_tokens(24)
-    parallel = bx.ExpertParallel(make_mesh("auto", (1, 4)), strategy="ragged")
+    parallel = bx.ExpertParallel(make_mesh("auto", (1, 4)), exchange=bx.exchange.Ragged())
     call = eqx.filter_jit(eqx.filter_value_and_grad(loss_of, has_aux=True))
     actual = call(parallel.shard(make_block()), hidden_states, input_ids, target)
     assert len(calls) >= 4
@@ -69,7 +71,7 @@ def test_unwritten_rows_are_never_read(monkeypatch):
 
 
 def test_accelerators_get_the_native_operation():
-    parallel = bx.ExpertParallel(make_mesh(), strategy="ragged")
+    parallel = bx.ExpertParallel(make_mesh(), exchange=bx.exchange.Ragged())
     block = parallel.shard(make_block()).routed
     hidden_states, _, _ = make_tokens(4, 5)
     arrays, static = eqx.partition(block, eqx.is_inexact_array)
@@ -89,7 +91,7 @@ def test_accelerators_get_the_native_operation():
 
 def test_the_planner_knows_the_native_buffers():
     size, tokens = 4, 6
-    parallel = bx.ExpertParallel(make_mesh("auto", (1, size)), strategy="ragged")
+    parallel = bx.ExpertParallel(make_mesh("auto", (1, size)), exchange=bx.exchange.Ragged())
     block = parallel.shard(make_block(dtype=jnp.bfloat16)).routed
     hidden_states, _, _ = make_tokens(size * tokens, dtype=jnp.bfloat16)
     traced = jax.jit(lambda hidden_states: block(hidden_states)[0]).trace(hidden_states)
@@ -100,8 +102,8 @@ def test_the_planner_knows_the_native_buffers():
             [(int(rows), int(width), item) for rows, width, item in found]
             for found in (re.findall(r"tensor<(\d+)x(\d+)x(\w+)>", call)[:2] for call in calls)
         ]
-        sizes = traffic.Sizes(HIDDEN, 6, EXPERTS, SLOTS, tokens, 2)
-        sent, received = traffic.rows_held("ragged", sizes, size, None)
+        sizes = Sizes(HIDDEN, 6, EXPERTS, SLOTS, tokens, 2)
+        sent, received = bx.exchange.Ragged().rows_held(sizes, size)
         assert (sent, received) == (tokens * SLOTS, tokens * size)
         there = {(HIDDEN, "bf16"), (SLOTS, "i32"), (SLOTS, "f32")}
         desired = {((sent, *row), (received, *row)) for row in there}
@@ -109,8 +111,8 @@ def test_the_planner_knows_the_native_buffers():
         assert {tuple(pair) for pair in buffers} == desired and len(buffers) == 4
         # Bytes of one row there and back, as the planner counts them.
         width = sum(row[1] * {"bf16": 2, "i32": 4, "f32": 4}[row[2]] for row, _ in buffers)
-        rows = traffic.rows_sent("ragged", sizes, size, None)
-        assert traffic.bytes_forward("ragged", sizes, size, None) == pytest.approx(rows * width)
+        rows = bx.exchange.Ragged().rows_sent(sizes, size)
+        assert bytes_forward(bx.exchange.Ragged(), sizes, size) == pytest.approx(rows * width)
 
 
 def test_the_planner_knows_the_rows_that_move(monkeypatch):
@@ -126,7 +128,7 @@ def test_the_planner_knows_the_rows_that_move(monkeypatch):
         return CLEAN(operand, output, starts, sizes, *rest, axis_name=axis_name)
 
     monkeypatch.setattr(ragged, "emulated", counted)
-    parallel = bx.ExpertParallel(make_mesh("auto", (1, size)), strategy="ragged")
+    parallel = bx.ExpertParallel(make_mesh("auto", (1, size)), exchange=bx.exchange.Ragged())
     generator = np.random.default_rng(0)
     drawn = np.stack([generator.permutation(EXPERTS)[:SLOTS] for _ in range(size * tokens)])
     block = make_block().routed
@@ -146,5 +148,5 @@ def test_the_planner_knows_the_rows_that_move(monkeypatch):
     back = [entry for entry in sent if entry[1] == table[:, entry[0]].tolist()]
     assert len(sent) == 4 * size and len(there) == 3 * size and len(back) == size
     moved = (table.sum() - np.trace(table)) / (size * tokens)
-    sizes = traffic.Sizes(HIDDEN, 6, EXPERTS, SLOTS, tokens, 4)
-    assert traffic.rows_sent("ragged", sizes, size, None) == pytest.approx(moved, rel=0.02)
+    sizes = Sizes(HIDDEN, 6, EXPERTS, SLOTS, tokens, 4)
+    assert bx.exchange.Ragged().rows_sent(sizes, size) == pytest.approx(moved, rel=0.02)

@@ -27,14 +27,14 @@ def main(port, process, path):
     )
     import equinox as eqx
     from jax.experimental import multihost_utils
-    from meshes import make_block, make_mesh, make_tokens, place, spread, train
+    from meshes import make_block, make_mesh, make_tokens, spread, train
 
     import braidax as bx
 
     assert jax.process_count() == 2 and jax.device_count() == 4
     # The expert axis comes first: it is the one that crosses processes.
     parallel = bx.ExpertParallel(make_mesh("auto", (2, 2), ("expert", "data")))
-    model = place(parallel, parallel.shard(make_block()))
+    model = parallel.shard(make_block())
     here = {shard.index[0].start for shard in model.routed.experts.down.addressable_shards}
     assert here == {4 * process}
     tokens = list(spread(parallel, *make_tokens(4, 5)))

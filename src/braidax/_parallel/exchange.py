@@ -1,29 +1,46 @@
-"""What an exchange strategy is given, and what every one of them does with ids and slots."""
+"""What an exchange of tokens is given, and what it owes; strategies are one file each."""
 
+import abc
+import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+
+class Sizes(NamedTuple):
+    """The numbers that traffic and memory depend on; `item` is bytes per element of tokens."""
+
+    hidden: int
+    intermediate: int
+    experts: int
+    experts_per_token: int
+    tokens: int
+    item: int
+
+    def destinations(self, size: int) -> float:
+        """Mean number of the `size` devices that hold an expert of a token, if experts are drawn
+        evenly and without repetition: `S (1 - C(E - E/S, k) / C(E, k))`."""
+        elsewhere = self.experts - self.experts // size
+        none = math.comb(elsewhere, self.experts_per_token)
+        return size * (1 - none / math.comb(self.experts, self.experts_per_token))
 
 
 class Shard(NamedTuple):
     """One device's part, inside `jax.shard_map`.
 
     - `axis`, `size`: the mesh axis that holds the experts, and its number of devices.
-    - `tokens`: the mesh axes that hold tokens.
     - `num_experts`: experts on this device. Ids are global; `size * num_experts` names nobody.
-    - `capacity`: see `ExpertParallel`.
     - `compute(tokens, local_indices, weights)`: `(rows, hidden)`, the weighted sum over this
       device's experts; the local index `num_experts` names nobody.
     """
 
-    axis: str
+    axis: str | None
     size: int
-    tokens: tuple[str, ...]
     num_experts: int
-    capacity: float | None
     compute: Callable[[Array, Array, Array], Array]
 
     def local(
@@ -45,10 +62,10 @@ class Shard(NamedTuple):
         return jax.lax.axis_index(self.axis)
 
 
-@runtime_checkable
-class Exchange(Protocol):
-    """Move tokens to the devices of their experts, compute there, bring the sums back."""
+class AbstractExchange(eqx.Module):
+    """Moves tokens to the devices of their experts, computes there, and brings the sums back."""
 
+    @abc.abstractmethod
     def __call__(
         self,
         shard: Shard,
@@ -58,5 +75,28 @@ class Exchange(Protocol):
         /,
     ) -> tuple[Float[Array, "tokens hidden"], Int[Array, ""] | None]:
         """The output in float32 or wider, and this device's number of dropped assignments, `None`
-        for a strategy that cannot drop."""
-        ...
+        for an exchange that cannot drop."""
+
+    @abc.abstractmethod
+    def rows_sent(self, sizes: Sizes, size: int) -> float:
+        """Rows that leave one of `size` devices for each of its tokens, to other devices."""
+
+    @abc.abstractmethod
+    def rows_held(self, sizes: Sizes, size: int) -> tuple[int, int]:
+        """Rows of the buffers that one of `size` devices sends from and receives into."""
+
+
+class Stay(AbstractExchange):
+    """Tokens stay on their device, which has all experts."""
+
+    def __call__(self, shard, tokens, indices, weights):
+        """As `AbstractExchange.__call__`."""
+        return shard.compute(tokens, indices, weights), None
+
+    def rows_sent(self, sizes: Sizes, size: int) -> float:
+        """As `AbstractExchange.rows_sent`."""
+        return 0.0
+
+    def rows_held(self, sizes: Sizes, size: int) -> tuple[int, int]:
+        """As `AbstractExchange.rows_held`."""
+        return 0, 0

@@ -1,20 +1,30 @@
-"""All-gather and reduce-scatter: every device of the expert axis sees all of that axis's tokens."""
+"""All-gather and reduce-scatter."""
 
 import jax
-from jaxtyping import Array, Float, Int
 
-from .exchange import Shard
+from .exchange import AbstractExchange, Sizes
 
 
-def gather(
-    shard: Shard,
-    tokens: Float[Array, "tokens hidden"],
-    indices: Int[Array, "tokens experts_per_token"],
-    weights: Float[Array, "tokens experts_per_token"],
-) -> tuple[Float[Array, "tokens hidden"], None]:
-    """Dropless, static shapes, runs everywhere. Traffic grows with the number of devices."""
-    tokens, indices, weights = (
-        jax.lax.all_gather(array, shard.axis, tiled=True) for array in (tokens, indices, weights)
-    )
-    output = shard.compute(tokens, shard.local(indices, shard.me()), weights)
-    return jax.lax.psum_scatter(output, shard.axis, scatter_dimension=0, tiled=True), None
+class Gather(AbstractExchange):
+    """All-gather, then reduce-scatter: every device of the expert axis sees all of its tokens.
+
+    Dropless, of static shapes, and runs everywhere. The traffic of a token grows with the number
+    of devices. **Source:** GShard (arXiv:2006.16668).
+    """
+
+    def __call__(self, shard, tokens, indices, weights):
+        """As `AbstractExchange.__call__`."""
+        tokens, indices, weights = (
+            jax.lax.all_gather(array, shard.axis, tiled=True)
+            for array in (tokens, indices, weights)
+        )
+        output = shard.compute(tokens, shard.local(indices, shard.me()), weights)
+        return jax.lax.psum_scatter(output, shard.axis, scatter_dimension=0, tiled=True), None
+
+    def rows_sent(self, sizes: Sizes, size: int) -> float:
+        """As `AbstractExchange.rows_sent`."""
+        return float(size - 1)
+
+    def rows_held(self, sizes: Sizes, size: int) -> tuple[int, int]:
+        """As `AbstractExchange.rows_held`."""
+        return sizes.tokens, size * sizes.tokens

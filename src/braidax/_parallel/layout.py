@@ -7,10 +7,10 @@ from jax.sharding import AxisType, Mesh
 
 
 class MeshLayout(eqx.Module):
-    """A mesh, the axis that experts are spread over, and the axes that tokens are spread over."""
+    """A mesh, the axis that experts are spread over, if any, and those of the tokens."""
 
     mesh: Mesh = eqx.field(static=True)
-    axis: str = eqx.field(static=True)
+    axis: str | None = eqx.field(static=True)
     tokens: tuple[str, ...] = eqx.field(static=True)
 
     def __check_init__(self):
@@ -18,9 +18,11 @@ class MeshLayout(eqx.Module):
             raise TypeError(f"`mesh` must be a jax.sharding.Mesh. Got {type(self.mesh).__name__}.")
         if not isinstance(self.tokens, tuple):
             raise TypeError(f"`tokens` must be a tuple of axis names. Got {self.tokens!r}.")
-        if self.axis not in self.tokens or len(set(self.tokens)) != len(self.tokens):
+        wanted = {*self.tokens[:1]} if self.axis is None else {self.axis}
+        if not wanted or wanted - {*self.tokens} or len({*self.tokens}) != len(self.tokens):
             raise ValueError(
-                f"`tokens` must hold `axis`, {self.axis!r}, and no name twice. Got {self.tokens}."
+                "`tokens` must hold `axis`, or an axis where `axis` is None, and no name twice. "
+                f"Got {self.tokens} for {self.axis!r}."
             )
         missing = [name for name in self.tokens if name not in self.mesh.axis_names]
         if missing:
@@ -37,8 +39,8 @@ class MeshLayout(eqx.Module):
 
     @property
     def size(self) -> int:
-        """Devices on the expert axis."""
-        return self.mesh.shape[self.axis]
+        """Devices on the expert axis; 1 without."""
+        return 1 if self.axis is None else self.mesh.shape[self.axis]
 
     @property
     def token_shards(self) -> int:

@@ -3,7 +3,7 @@
 Most of those tokens may belong to other devices' experts. So the assignments that are this
 device's own are counted first, and computed in chunks of an even share. Work follows their number,
 and memory is that of one chunk whatever the skew. Nothing is kept for the backward pass but the
-inputs; each chunk is recomputed there.
+inputs; each chunk is recomputed there. One chunk that holds all assignments is a `SortedDispatch`.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._dispatch import plan_rows, weighted_sum
 from .._experts import AbstractExperts
 from .._matmul import GroupedMatmul, accumulation_dtype
 
@@ -38,18 +39,17 @@ def local_experts(
 ) -> Float[Array, "tokens hidden"]:
     """Each token's weighted sum over the local experts it names, in float32 or wider.
 
-    An index of `num_experts` names nobody. Differentiable once, in reverse mode. `chunk` is the
-    number of assignments computed at a time.
+    An index of `num_experts` names nobody. `chunk` is the number of assignments computed at a time.
+    If there are more, the sum is differentiable once, in reverse mode.
     """
     count = indices.size
-    chunk = min(chunk, count)
-    if count == 0:
-        return jnp.zeros_like(tokens, accumulation_dtype(tokens))
-    positions = jnp.arange(count, dtype=jnp.int32)
-    ids, order = jax.lax.sort((indices.reshape(-1), positions), num_keys=1, is_stable=True)
-    edges = jnp.searchsorted(ids, jnp.arange(num_experts + 1, dtype=ids.dtype))
+    if count <= chunk:
+        options = {"num_experts": num_experts}
+        return weighted_sum(experts, matmul, tokens, indices, weights, **options)
+    plan = plan_rows(indices.reshape(-1), num_experts)
+    edges = jnp.pad(jnp.cumsum(plan.group_sizes, dtype=jnp.int32), (1, 0))
     # A slice of the last chunk must not be moved back by the end of the array.
-    own = _Own(jnp.pad(order, (0, chunk)), edges.astype(jnp.int32))
+    own = _Own(jnp.pad(plan.order, (0, chunk)), edges)
     trained, rest = eqx.partition(experts, eqx.is_inexact_array)
     arrays, static = eqx.partition(rest, eqx.is_array)
     run = _chunked(static, matmul, chunk)
@@ -72,7 +72,7 @@ def _chunked(static: PyTree, matmul: GroupedMatmul, chunk: int):
             rows = compute(_take(tokens, token), _take(weights, assignment), trained, arrays, sizes)
             return output.at[token].add(rows.astype(output.dtype), mode="drop")
 
-        return _over_chunks(own, chunk, weights.size, step, output)
+        return _over_chunks(own, chunk, step, output)
 
     def forward(*arguments):
         return run(*arguments), arguments
@@ -97,7 +97,7 @@ def _chunked(static: PyTree, matmul: GroupedMatmul, chunk: int):
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros_like(leaf, accumulation_dtype(leaf)), differentiated
         )
-        sums = _over_chunks(own, chunk, weights.size, step, zeros)
+        sums = _over_chunks(own, chunk, step, zeros)
         narrow = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, differentiated)
         return *narrow, None, None
 
@@ -105,15 +105,12 @@ def _chunked(static: PyTree, matmul: GroupedMatmul, chunk: int):
     return run
 
 
-def _over_chunks(own: _Own, chunk: int, num_assignments: int, step: Callable, start: PyTree):
-    """`step(i, carry)` for every chunk `i` that has rows; one that holds all assignments needs no
-    loop, nor the memory of what a loop carries."""
-    if chunk == num_assignments:
-        return step(0, start)
+def _over_chunks(own: _Own, chunk: int, step: Callable, start: PyTree) -> PyTree:
+    """`step(i, carry)` for every chunk `i` that has rows."""
     return jax.lax.fori_loop(0, -(-own.edges[-1] // chunk), step, start)
 
 
-def _at(own: _Own, i: Array | int, chunk: int, num_assignments: int, num_tokens: int):
+def _at(own: _Own, i: Array, chunk: int, num_assignments: int, num_tokens: int):
     """`(assignments, tokens, group sizes)` of chunk `i`. Rows that are not this device's point past
     the ends of the arrays: they read 0 and write nothing."""
     start = i * chunk

@@ -36,68 +36,50 @@ def _stacked_axes(block: RoutedMoE) -> tuple[int, int] | None:
     return None
 
 
-def _block_shardings(layout: MeshLayout, block: RoutedMoE) -> PyTree:
-    found = _stacked_axes(block)
+def shardings(layout: MeshLayout, tree: PyTree) -> PyTree:
+    """See `ExpertParallel.shardings`."""
 
-    def router_sharding(leaf: Any) -> Any:
-        return _sharding(layout, leaf, None) if _is_array(leaf) else None
+    def place(node: Any) -> Any:
+        if not is_block(node):
+            return _sharding(layout, node, None)
+        placed = jax.tree.map(lambda leaf: _sharding(layout, leaf, None), node)
+        found = _stacked_axes(node)
+        experts = jax.tree.map(lambda leaf: _sharding(layout, leaf, found), node.experts)
+        return eqx.tree_at(lambda b: b.experts, placed, experts, is_leaf=lambda leaf: leaf is None)
 
-    def expert_sharding(leaf: Any) -> Any:
-        if not _is_array(leaf):
-            return None
-        if found is None:
-            return _sharding(layout, leaf, None)
-        axis, num_experts = found
-        divides = not num_experts % layout.size and leaf.ndim > axis
-        stacked = divides and leaf.shape[axis] == num_experts
-        return _sharding(layout, leaf, axis if stacked else None)
-
-    placed = jax.tree.map(router_sharding, block)
-    experts = jax.tree.map(expert_sharding, block.experts)
-    return eqx.tree_at(lambda b: b.experts, placed, experts, is_leaf=lambda leaf: leaf is None)
+    return jax.tree.map(place, tree, is_leaf=is_block)
 
 
-def _sharding(layout: MeshLayout, leaf: Any, expert_axis: int | None) -> NamedSharding:
-    """Experts over `layout.axis`; over mesh axes that `layout` does not name, as `leaf` is."""
+def _sharding(
+    layout: MeshLayout, leaf: Any, stacked_axes: tuple[int, int] | None
+) -> NamedSharding | None:
+    """As `leaf` is on this mesh, but the experts of `(axis, number)` over `layout.axis`."""
+    if not _is_array(leaf):
+        return None
     mesh, sharding = layout.mesh, getattr(leaf, "sharding", None)
-    spec: list[tuple[str, ...]] = [()] * leaf.ndim
-    if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
-        for axis, names in enumerate(sharding.spec):
-            names = (names,) if isinstance(names, str) else names or ()
-            spec[axis] = tuple(name for name in names if name not in layout.tokens)
-    if expert_axis is not None:
-        names = (layout.axis, *spec[expert_axis])
-        parts = math.prod(mesh.shape[name] for name in names)
-        divides = not leaf.shape[expert_axis] % parts
-        spec[expert_axis] = names if divides else (layout.axis,)
+    here = isinstance(sharding, NamedSharding) and sharding.mesh == mesh
+    kept = sharding.spec if here else PartitionSpec()
+    axis, count = stacked_axes or (0, 0)
+    if not count or count % layout.size or leaf.shape[axis : axis + 1] != (count,):
+        return NamedSharding(mesh, kept)
+    spec = [(names,) if isinstance(names, str) else names or () for names in kept]
+    spec = [tuple(name for name in names if name != layout.axis) for names in spec]
+    spec += [()] * (axis + 1 - len(spec))
+    first = () if layout.axis is None else (layout.axis,)
+    names = (*first, *spec[axis])
+    spec[axis] = first if count % math.prod(mesh.shape[name] for name in names) else names
     while spec and not spec[-1]:
         spec.pop()
     entries = (names[0] if len(names) == 1 else names or None for names in spec)
     return NamedSharding(mesh, PartitionSpec(*entries))
 
 
-def shardings(layout: MeshLayout, model: PyTree) -> PyTree:
-    """See `ExpertParallel.shardings`."""
-
-    def place(node: Any) -> Any:
-        if is_block(node):
-            return _block_shardings(layout, node)
-        if not _is_array(node):
-            return None
-        sharding = getattr(node, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh == layout.mesh:
-            return sharding
-        return NamedSharding(layout.mesh, PartitionSpec())
-
-    return jax.tree.map(place, model, is_leaf=is_block)
-
-
-def place_block(layout: MeshLayout, block: RoutedMoE) -> RoutedMoE:
-    """`block` with its arrays on the mesh; under `jax.jit` or for shapes alone, unplaced."""
-    arrays, static = eqx.partition(block, lambda leaf: isinstance(leaf, jax.Array))
+def placed(layout: MeshLayout, tree: PyTree) -> PyTree:
+    """`tree` with its arrays on the mesh; under `jax.jit` or for shapes alone, unplaced."""
+    arrays, static = eqx.partition(tree, lambda leaf: isinstance(leaf, jax.Array))
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arrays)):
-        return block
-    return eqx.combine(jax.device_put(arrays, _block_shardings(layout, arrays)), static)
+        return tree
+    return eqx.combine(jax.device_put(arrays, shardings(layout, arrays)), static)
 
 
 def check_experts(layout: MeshLayout, block: RoutedMoE) -> None:

@@ -1,32 +1,38 @@
-"""`plan`: what each strategy would cost, before a cluster is rented."""
+"""`plan`: what each exchange would cost, before a cluster is rented."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from .._checks import floating_dtype, positive_integer, positive_number
 from .._config import MoEConfig
-from . import traffic
-from .expert_parallel import STRATEGIES
+from .all_to_all import AllToAll
+from .exchange import AbstractExchange, Sizes
+from .gather import Gather
+from .ragged import Ragged
 from .shards import CHUNK
 
+_EXCHANGES = (Gather(), AllToAll(1.25), Ragged())
+_SUM = 4  # bytes of an element on its way back: a float32 sum, whatever the dtype of the tokens
+_SLOT = 8  # bytes of an int32 id and its float32 weight
 _HEADER = (
-    "EP  strategy    KiB/token  comm us/token  compute us/token  weights GB  buffers GB",
+    "EP  exchange    KiB/token  comm us/token  compute us/token  weights GB  buffers GB",
     "--  ----------  ---------  -------------  ----------------  ----------  ----------",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanRow:
-    """One strategy at one size of the expert axis; forward pass of one layer.
+    """One exchange at one size of the expert axis; forward pass of one layer.
 
     Bytes and seconds are per token of a device; memory is per device, in bytes: the expert weights,
     and the largest buffers.
     """
 
     size: int
-    strategy: str
+    exchange: AbstractExchange
     bytes_per_token: float
     communication_seconds: float
     compute_seconds: float
@@ -34,8 +40,9 @@ class PlanRow:
     buffer_bytes: int
 
     def __str__(self) -> str:
+        name = type(self.exchange).__name__
         return (
-            f"{self.size:>2}  {self.strategy:<10}  {self.bytes_per_token / 1024:>9.1f}"
+            f"{self.size:>2}  {name:<10}  {self.bytes_per_token / 1024:>9.1f}"
             f"  {self.communication_seconds * 1e6:>13.3f}  {self.compute_seconds * 1e6:>16.3f}"
             f"  {self.weight_bytes / 1e9:>10.2f}  {self.buffer_bytes / 1e9:>10.2f}"
         )
@@ -58,10 +65,10 @@ def plan(
     bandwidth: float | int,
     flops: float | int,
     *,
-    capacity: float | int = 1.25,
+    exchanges: tuple[AbstractExchange, ...] = _EXCHANGES,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> Plan:
-    """Bytes, time and memory of one layer's routed experts, for each strategy and expert axis.
+    """Bytes, time and memory of one layer's routed experts, for each exchange and expert axis.
 
     The sizes of the expert axis are those that divide both `devices` and the experts. This is
     arithmetic, not a measurement. Routing is taken to be even, and communication not to overlap
@@ -74,7 +81,7 @@ def plan(
     - `tokens_per_device`: tokens of one device in one step.
     - `bandwidth`: bytes per second that a device can send.
     - `flops`: floating-point operations per second that a device reaches in the experts.
-    - `capacity`: of `"all_to_all"`, as in `ExpertParallel`.
+    - `exchanges`: those to compare, as for `ExpertParallel`.
     - `dtype`: of tokens and weights.
 
     **Returns:** a `Plan` of `PlanRow`s; printed, it is a table.
@@ -87,32 +94,43 @@ def plan(
         >>> config = bx.MoEConfig.deepseek_v4_flash()
         >>> plan = bx.plan(config, 8, tokens_per_device=8192, bandwidth=450e9, flops=400e12)
         >>> print([row for row in plan.rows if row.size == 8][1])
-         8  all_to_all      157.8          0.359             0.755        1.61        5.79
+         8  AllToAll        157.8          0.359             0.755        1.61        5.79
     """
     devices = positive_integer("devices", devices)
     tokens = positive_integer("tokens_per_device", tokens_per_device)
     bandwidth = positive_number("bandwidth", bandwidth)
     flops = positive_number("flops", flops)
-    capacity = positive_number("capacity", capacity)
     item = floating_dtype("dtype", dtype).itemsize
-    sizes = traffic.Sizes(
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_experts,
-        config.num_experts_per_token,
-        tokens,
-        item,
-    )
-    work = 6 * sizes.hidden * sizes.intermediate * sizes.experts_per_token
+    widths = (config.hidden_size, config.intermediate_size)
+    sizes = Sizes(*widths, config.num_experts, config.num_experts_per_token, tokens, item)
+    matrices = 3 * sizes.hidden * sizes.intermediate
     rows = []
     for size in range(1, devices + 1):
         if devices % size or sizes.experts % size:
             continue
-        for strategy in STRATEGIES:
-            sent = traffic.bytes_forward(strategy, sizes, size, capacity)
-            buffers = traffic.working_bytes(strategy, sizes, size, capacity, CHUNK)
-            weights = traffic.weight_bytes(sizes, size)
-            rows.append(
-                PlanRow(size, strategy, sent, sent / bandwidth, work / flops, weights, buffers)
-            )
+        for exchange in exchanges:
+            sent = bytes_forward(exchange, sizes, size)
+            seconds = (sent / bandwidth, 2 * matrices * sizes.experts_per_token / flops)
+            weights = sizes.experts // size * matrices * sizes.item
+            buffers = working_bytes(exchange, sizes, size, CHUNK)
+            rows.append(PlanRow(size, exchange, sent, *seconds, weights, buffers))
     return Plan(tuple(rows))
+
+
+def bytes_forward(exchange: AbstractExchange, sizes: Sizes, size: int) -> float:
+    """Bytes that one device sends for each of its tokens: every row there with its slots, and its
+    sum back. Checked against compiled programs; for `Ragged` against the rows that its emulation
+    moves and what is lowered for accelerators."""
+    row = sizes.hidden * (sizes.item + _SUM) + sizes.experts_per_token * _SLOT
+    return exchange.rows_sent(sizes, size) * row
+
+
+def working_bytes(exchange: AbstractExchange, sizes: Sizes, size: int, chunk: float) -> int:
+    """The largest buffers of the forward pass: tokens and sums on both sides of the exchange, and
+    one chunk of assignments in the experts: rows, outputs and what is of intermediate width. The
+    kernel `Blocks` holds only the rows, over which it writes the outputs."""
+    assignment = sizes.hidden * (sizes.item + _SUM)
+    assignment += sizes.intermediate * (2 * _SUM + sizes.item)
+    own = math.ceil(chunk * sizes.tokens * sizes.experts_per_token)
+    rows = sum(exchange.rows_held(sizes, size))
+    return rows * sizes.hidden * (sizes.item + _SUM) + own * assignment

@@ -8,44 +8,53 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from .exchange import Shard
+from .exchange import AbstractExchange, Shard, Sizes
 
 
-def ragged(
-    shard: Shard,
-    tokens: Float[Array, "tokens hidden"],
-    indices: Int[Array, "tokens experts_per_token"],
-    weights: Float[Array, "tokens experts_per_token"],
-) -> tuple[Float[Array, "tokens hidden"], None]:
-    """Dropless: one row for each token and destination device. The receive buffer holds the worst
-    case, every token of the expert axis; the traffic is that of the real rows."""
-    num_tokens, size = tokens.shape[0], shard.size
-    hit = shard.destinations(indices)
-    most = num_tokens * min(size, indices.shape[1])
-    by_device = jnp.where(hit, jnp.arange(size, dtype=jnp.int32)[None], size).T.reshape(-1)
-    order = jnp.argsort(by_device, stable=True)[:most]
-    token = order % max(num_tokens, 1)
-    counts = jax.lax.all_gather(hit.sum(axis=0, dtype=jnp.int32), shard.axis)  # (source, target)
-    me = shard.me()
-    sizes, received = counts[me], counts[:, me]
-    offsets = (_starts(sizes, 0), sizes, _starts(counts, 0)[me], received)
-    back = (_starts(received, 0), received, _starts(counts, 1)[:, me], sizes)
-    # Rows outside of these are never read: the transport leaves them as they were or worse.
-    sent = jnp.arange(most) < sizes.sum()
-    arrived = jnp.arange(size * num_tokens) < received.sum()
-    nobody = size * shard.num_experts
+class Ragged(AbstractExchange):
+    """The rows of `AllToAll` without slots, dropless. Experimental.
 
-    def send(array, fill):
-        rows = _where(sent, array[token], fill)
-        return _where(arrived, _exchange(shard, rows, arrived.size, offsets), fill)
+    The receive buffer holds the worst case, every token of the expert axis; the traffic is that of
+    the real rows.
+    """
 
-    local = shard.local(send(indices, nobody), me)
-    sums = shard.compute(send(tokens, 0), local, send(weights, 0))
-    sums = _where(arrived, sums, 0)
-    sums = _where(sent, _exchange(shard, sums, most, back), 0)
-    return jnp.zeros_like(tokens, sums.dtype).at[token].add(sums), None
+    def __call__(self, shard, tokens, indices, weights):
+        """As `AbstractExchange.__call__`."""
+        num_tokens, size = tokens.shape[0], shard.size
+        hit = shard.destinations(indices)
+        most = num_tokens * min(size, indices.shape[1])
+        by_device = jnp.where(hit, jnp.arange(size, dtype=jnp.int32)[None], size).T.reshape(-1)
+        order = jnp.argsort(by_device, stable=True)[:most]
+        token = order % max(num_tokens, 1)
+        counts = jax.lax.all_gather(hit.sum(axis=0, dtype=jnp.int32), shard.axis)  # (from, to)
+        me = shard.me()
+        sizes, received = counts[me], counts[:, me]
+        offsets = (_starts(sizes, 0), sizes, _starts(counts, 0)[me], received)
+        back = (_starts(received, 0), received, _starts(counts, 1)[:, me], sizes)
+        # Rows outside of these are never read: the transport leaves them as they were or worse.
+        sent = jnp.arange(most) < sizes.sum()
+        arrived = jnp.arange(size * num_tokens) < received.sum()
+        nobody = size * shard.num_experts
+
+        def send(array, fill):
+            rows = _where(sent, array[token], fill)
+            return _where(arrived, _exchange(shard, rows, arrived.size, offsets), fill)
+
+        local = shard.local(send(indices, nobody), me)
+        sums = shard.compute(send(tokens, 0), local, send(weights, 0))
+        sums = _where(arrived, sums, 0)
+        sums = _where(sent, _exchange(shard, sums, most, back), 0)
+        return jnp.zeros_like(tokens, sums.dtype).at[token].add(sums), None
+
+    def rows_sent(self, sizes: Sizes, size: int) -> float:
+        """As `AbstractExchange.rows_sent`."""
+        return sizes.destinations(size) * (size - 1) / size
+
+    def rows_held(self, sizes: Sizes, size: int) -> tuple[int, int]:
+        """As `AbstractExchange.rows_held`."""
+        return sizes.tokens * min(size, sizes.experts_per_token), size * sizes.tokens
 
 
 def _starts(sizes: Int[Array, "..."], axis: int) -> Int[Array, "..."]:

@@ -14,10 +14,11 @@ from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray, PyTree
 
 from .._experts import AbstractExperts
 from .._matmul import AbstractGroupedMatmul, GroupedMatmul
+from .._mesh import varying_alike
 from .._router import AbstractRouter, check_hidden_states, check_mask, checked_ids
 from .._routing import Routing
 from .context import Context, context_of
-from .exchange import Exchange, Shard
+from .exchange import AbstractExchange, Shard
 from .layout import MeshLayout
 from .local import local_experts
 from .tokens import token_layout
@@ -49,14 +50,12 @@ def route_on_shards(
     context = context_of(layout)
 
     def on_shard(tokens, arrays, key):
-        hidden_states, input_ids, mask = tokens
-        # Said here, so that the transpose is the sum of the gradients of all devices.
-        arrays = _varying(arrays, layout.tokens)
-        if context.taken:
-            arrays = _varying_like(hidden_states, arrays)
+        (hidden_states, input_ids, mask), arrays = varying_alike((tokens, arrays))
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(layout.tokens))
         routing = eqx.combine(arrays, static)(hidden_states, input_ids, mask=mask, key=key)
+        # A router may choose without looking at the tokens.
+        routing, _ = varying_alike((routing, hidden_states))
         routed = (routing.indices, routing.weights, routing.scores, routing.logits)
         return routed, jax.lax.psum(routing.dropped, layout.tokens)
 
@@ -69,8 +68,7 @@ def route_on_shards(
 
 def experts_on_shards(
     layout: MeshLayout,
-    exchange: Exchange,
-    capacity: float | None,
+    exchange: AbstractExchange,
     matmul: AbstractGroupedMatmul,
     experts: AbstractExperts,
     hidden_states: Float[Array, "*batch hidden"],
@@ -86,13 +84,9 @@ def experts_on_shards(
     arrays = _padded(arrays, -num_experts % layout.size)
     num_local = -(-num_experts // layout.size)
     context = context_of(layout)
-    others = tuple(name for name in layout.tokens if name != layout.axis)
 
     def on_shard(tokens, live, arrays):
-        hidden_states, indices, weights = tokens
-        arrays = _varying(arrays, others)
-        if context.taken:
-            arrays = _varying_like(hidden_states, arrays)
+        (hidden_states, indices, weights), arrays = varying_alike((tokens, arrays))
         # Nobody is past the padding of the experts here. The padding of tokens is nobody's too.
         somebody = indices < num_experts
         if live is not None:
@@ -107,7 +101,7 @@ def experts_on_shards(
             sizes = {"num_experts": num_local, "chunk": math.ceil(CHUNK * somebody.size)}
             return local_experts(combined, GroupedMatmul(matmul), rows, indices, weights, **sizes)
 
-        shard = Shard(layout.axis, layout.size, layout.tokens, num_local, capacity, compute)
+        shard = Shard(layout.axis, layout.size, num_local, compute)
         output, dropped = exchange(
             shard,
             hidden_states.reshape(-1, hidden_states.shape[-1]),
@@ -163,20 +157,3 @@ def _padded(experts: PyTree, count: int) -> PyTree:
         return jnp.pad(leaf, ((0, count), *[(0, 0)] * (leaf.ndim - 1)))
 
     return jax.tree.map(pad, experts)
-
-
-def _varying(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
-    if not axes:
-        return tree
-    return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying"), tree)
-
-
-def _varying_like(tokens: Float[Array, "*batch hidden"], tree: PyTree) -> PyTree:
-    """`tree` also varies over the axes of a surrounding `shard_map` that tokens vary over, whether
-    it did before or not: `pcast` would have to know."""
-
-    def vary(leaf):
-        return leaf + jax.lax.full_like(tokens, 0, leaf.dtype, ())
-
-    numbers, rest = eqx.partition(tree, lambda leaf: eqx.is_array(leaf) and leaf.dtype != bool)
-    return eqx.combine(jax.tree.map(vary, numbers), rest)

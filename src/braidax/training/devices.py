@@ -32,8 +32,7 @@ class Devices:
         """The training state over all devices."""
         if self.parallel is None:
             return state
-        arrays, static = eqx.partition(self.parallel.shard(state), eqx.is_array)
-        return eqx.combine(jax.device_put(arrays, self.parallel.shardings(arrays)), static)
+        return self.parallel.shard(state)
 
     def spread(self, windows: Int[np.ndarray, "batch _"]) -> Int[Array, "batch _"]:
         """The windows over all devices if they divide, else on every device."""
