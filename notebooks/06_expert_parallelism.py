@@ -76,10 +76,17 @@ print("loss", f"{loss:.4f}", " busiest expert", bx.expert_load(routing).max(), "
 
 
 # %%
-def spread(shape, strategy="gather", capacity=None):
+GATHER, ALL_TO_ALL, RAGGED = bx.exchange.Gather(), bx.exchange.AllToAll, bx.exchange.Ragged()
+
+
+def name_of(exchange):
+    return type(exchange).__name__
+
+
+def spread(shape, exchange=GATHER):
     """`ExpertParallel` on a mesh of `shape`, the sharded block, and the sharded tokens."""
     mesh = jax.make_mesh(shape, ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
-    parallel = bx.ExpertParallel(mesh, strategy=strategy, capacity=capacity)
+    parallel = bx.ExpertParallel(mesh, exchange=exchange)
     over_all = NamedSharding(mesh, PartitionSpec(parallel.tokens))
     return parallel, parallel.shard(block), jax.device_put(hidden_states, over_all)
 
@@ -101,7 +108,7 @@ for weights, states in zip(
 # %% [markdown]
 # ## The answer is the same
 #
-# Three strategies, two meshes: 1 × 4 has all experts on four devices, 2 × 2 has every expert twice.
+# Three exchanges, two meshes: 1 × 4 has all experts on four devices, 2 × 2 has every expert twice.
 # The chosen experts must be equal, output and gradients within 1e-5 of their largest number. The
 # order of sums differs, so the last bits may differ too.
 
@@ -118,23 +125,24 @@ def close(one, other):
     return True
 
 
-print("mesh   strategy    output  gradient  dropped")
+print("mesh   exchange    output  gradient  dropped")
 for shape in ((1, 4), (2, 2)):
-    for strategy in ("gather", "all_to_all", "ragged"):
-        _, sharded, tokens = spread(shape, strategy)
+    for exchange in (GATHER, ALL_TO_ALL(), RAGGED):
+        _, sharded, tokens = spread(shape, exchange)
         (_, (ours, our_routing)), our_gradient = step(sharded, tokens)
         assert np.array_equal(our_routing.indices, routing.indices)
         assert close(ours, output) and close(our_gradient, gradient)
         assert int(our_routing.dropped) == 0
-        print(f"{shape[0]} × {shape[1]}  {strategy:10}  ✓       ✓         {our_routing.dropped}")
+        name = name_of(exchange)
+        print(f"{shape[0]} × {shape[1]}  {name:10}  ✓       ✓         {our_routing.dropped}")
 
 # %% [markdown]
 # ## Capacity, and what is lost
 #
-# `"gather"` brings every token to every device. `"all_to_all"` sends a token only to the devices
-# of its experts, but needs a fixed number of slots for each pair of devices. `capacity` is that
-# number, as a multiple of the even share. If the slots of a pair run out, later tokens lose their
-# experts there. Every lost assignment is counted in `routing.dropped`.
+# `Gather()` brings every token to every device. `AllToAll(capacity)` sends a token only to the
+# devices of its experts, but needs a fixed number of slots for each pair of devices. `capacity` is
+# that number, as a multiple of the even share. If the slots of a pair run out, later tokens lose
+# their experts there. Every lost assignment is counted in `routing.dropped`.
 #
 # The table counts again in plain numpy. The second column of drops is for a router with a bias
 # towards the experts 0 to 3, which are all on device 0.
@@ -176,15 +184,15 @@ def compiled(parallel):
 
 
 capacities = [0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
-programs = {("gather", None): compiled(spread((1, 4))[0])}
+programs = {GATHER: compiled(spread((1, 4))[0])}
 drops = {"as initialised": [], "skewed to device 0": []}
 print("capacity  slots  dropped of 1,024  dropped, skewed  output as on one device")
 for capacity in capacities:
-    parallel, *_, tokens = spread((1, 4), "all_to_all", capacity)
-    programs["all_to_all", capacity] = compiled(parallel)
+    parallel, *_, tokens = spread((1, 4), ALL_TO_ALL(capacity))
+    programs[parallel.exchange] = compiled(parallel)
     for counts, bias in zip(drops.values(), (0.0, 0.25), strict=True):
         arrays = eqx.filter(parallel.shard(routed_to(bias)), eqx.is_array)
-        ours, our_routing = programs["all_to_all", capacity](arrays, tokens)
+        ours, our_routing = programs[parallel.exchange](arrays, tokens)
         counts.append(int(our_routing.dropped))
         assert counts[-1] == recount(np.asarray(our_routing.indices), capacity)
         if bias == 0.0:
@@ -201,7 +209,7 @@ assert all(skewed >= plain for plain, skewed in zip(*drops.values(), strict=True
 # %% [markdown]
 # A capacity of 2 drops nothing here, whatever the router does: with 2 experts on 4 devices the even
 # share is half of the tokens, and twice that is a slot for every token. But then it moves as many
-# bytes as `"gather"`.
+# bytes as `Gather()`.
 #
 # ## What moves, read from the compiled program
 #
@@ -226,10 +234,10 @@ def collectives(program, size=4):
 
 
 local_tokens = TOKENS // 4
-print("strategy    operation       result            bytes a token")
-for strategy, capacity in (("gather", None), ("all_to_all", 1.25)):
-    for name, shape, sent in collectives(programs[strategy, capacity]):
-        print(f"{strategy:10}  {name:14}  {shape:16}  {sent / local_tokens:>13,.0f}")
+print("exchange    operation       result            bytes a token")
+for exchange in (GATHER, ALL_TO_ALL(1.25)):
+    for name, shape, sent in collectives(programs[exchange]):
+        print(f"{name_of(exchange):10}  {name:14}  {shape:16}  {sent / local_tokens:>13,.0f}")
         assert f"{2 * INTERMEDIATE},{HIDDEN}]" not in shape  # no expert weight moves
         assert f"{INTERMEDIATE},{HIDDEN}]" not in shape
 
@@ -242,22 +250,23 @@ for strategy, capacity in (("gather", None), ("all_to_all", 1.25)):
 # `bx.plan` computes the same bytes a token from sizes alone. The columns must agree within 5 %.
 
 # %%
-print("strategy    capacity  measured  planned")
+print("exchange    capacity  measured  planned")
+plan = bx.plan(
+    config, 4, local_tokens, bandwidth=1e9, flops=1e12, exchanges=tuple(programs), dtype="float32"
+)
+planned = {row.exchange: row.bytes_per_token for row in plan.rows if row.size == 4}
 measured = {}
-for strategy, capacity in programs:
-    found = sum(sent for *_, sent in collectives(programs[strategy, capacity])) / local_tokens
-    plan = bx.plan(
-        config, 4, local_tokens, bandwidth=1e9, flops=1e12, capacity=capacity or 1, dtype="float32"
-    )
-    (row,) = (row for row in plan.rows if (row.size, row.strategy) == (4, strategy))
-    assert abs(found / row.bytes_per_token - 1) < 0.05
-    measured[strategy, capacity] = found
-    print(f"{strategy:10}  {capacity or '-':<8}  {found:>8,.0f}  {row.bytes_per_token:>7,.0f}")
+for exchange, program in programs.items():
+    found = sum(sent for *_, sent in collectives(program)) / local_tokens
+    assert abs(found / planned[exchange] - 1) < 0.05
+    measured[exchange] = found
+    capacity = getattr(exchange, "capacity", "-")
+    print(f"{name_of(exchange):10}  {capacity:<8}  {found:>8,.0f}  {planned[exchange]:>7,.0f}")
 
-costs = [measured["all_to_all", capacity] for capacity in capacities]
+costs = [measured[ALL_TO_ALL(capacity)] for capacity in capacities]
 assert costs == sorted(costs)
-assert costs[-1] == measured["gather", None]
-assert costs[3] < 0.65 * measured["gather", None]
+assert costs[-1] == measured[GATHER]
+assert costs[3] < 0.65 * measured[GATHER]
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), dpi=110, layout="constrained")
@@ -266,8 +275,8 @@ for (name, counts), colour in zip(drops.items(), ("#0072B2", "#D55E00"), strict=
     left.plot(capacities, share, "o-", color=colour, label=name)
 left.set(xlabel="capacity", ylabel="dropped assignments, %", title="What is lost")
 left.legend(frameon=False)
-right.plot(capacities, [cost / 1024 for cost in costs], "o-", color="#009E73", label="all_to_all")
-right.axhline(measured["gather", None] / 1024, color="0.2", ls="--", lw=1, label="gather")
+right.plot(capacities, [cost / 1024 for cost in costs], "o-", color="#009E73", label="AllToAll")
+right.axhline(measured[GATHER] / 1024, color="0.2", ls="--", lw=1, label="Gather")
 right.set(xlabel="capacity", ylabel="KiB a token", title="What moves", ylim=(0, None))
 right.legend(frameon=False, loc="lower right")
 for axes in (left, right):
@@ -288,22 +297,22 @@ print("SIMULATION\n")
 print(plan)
 
 # %%
-names = {"gather": "gather", "all_to_all": "all_to_all, capacity 1.25", "ragged": "ragged"}
-colours = {"gather": "#0072B2", "all_to_all": "#009E73", "ragged": "#E69F00"}
+names = {GATHER: "Gather", ALL_TO_ALL(1.25): "AllToAll, capacity 1.25", RAGGED: "Ragged"}
+colours = dict(zip(names, ("#0072B2", "#009E73", "#E69F00"), strict=True))
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=110, layout="constrained")
 lines = {}
-for strategy, name in names.items():
-    rows = [row for row in plan.rows if row.strategy == strategy]
-    lines[strategy] = {row.size: row for row in rows}
+for exchange, name in names.items():
+    rows = [row for row in plan.rows if row.exchange == exchange]
+    lines[exchange] = {row.size: row for row in rows}
     sizes = [row.size for row in rows if row.size > 1]
     micro = [1e6 * row.communication_seconds for row in rows if row.size > 1]
-    left.plot(sizes, micro, "o-", color=colours[strategy], label=name)
+    left.plot(sizes, micro, "o-", color=colours[exchange], label=name)
 compute = 1e6 * plan.rows[0].compute_seconds
 left.axhline(compute, color="0.2", ls="--", lw=1, label="computing")
 left.set(xscale="log", yscale="log", xlabel="EP", ylabel="µs a token", title="Simulated time")
 left.legend(frameon=False)
-weights = [row.weight_bytes / 1e9 for row in lines["gather"].values()]
-right.bar([str(size) for size in lines["gather"]], weights, color="#0072B2")
+weights = [row.weight_bytes / 1e9 for row in lines[GATHER].values()]
+right.bar([str(size) for size in lines[GATHER]], weights, color="#0072B2")
 right.bar_label(right.containers[0], fmt="%.1f", padding=2)
 right.set(xlabel="EP", ylabel="GB a device", title="Expert weights of one layer", ylim=(0, 15))
 left.set_xticks([2, 4, 8, 16, 32, 64], [2, 4, 8, 16, 32, 64])
@@ -313,19 +322,17 @@ for axes in (left, right):
 plt.show()
 
 for size in (8, 16, 32, 64):
-    moved = [
-        lines[strategy][size].bytes_per_token for strategy in ("ragged", "all_to_all", "gather")
-    ]
+    moved = [lines[exchange][size].bytes_per_token for exchange in reversed(names)]
     assert moved == sorted(moved)
-assert lines["gather"][64].bytes_per_token == 63 * (4096 * 6 + 48)
-assert lines["gather"][64].communication_seconds > compute * 1e-6
+assert lines[GATHER][64].bytes_per_token == 63 * (4096 * 6 + 48)
+assert lines[GATHER][64].communication_seconds > compute * 1e-6
 
 # %% [markdown]
 # ## What to remember
 #
 # * Sharding changes where things are computed, not what: same experts, output and gradients.
-# * `"gather"` is simple and drops nothing. Its traffic grows with the number of devices.
-# * `"all_to_all"` moves less, if the capacity is small, and then it may drop. `routing.dropped` is
-#   the exact count.
+# * `Gather()` is simple and drops nothing. Its traffic grows with the number of devices.
+# * `AllToAll(capacity)` moves less, if the capacity is small, and then it may drop.
+#   `routing.dropped` is the exact count.
 # * A skewed router drops more. Balance the load before you lower the capacity.
 # * `bx.plan` tells you the bytes before you rent a cluster.

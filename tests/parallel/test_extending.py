@@ -2,11 +2,13 @@
 
 import functools
 import pathlib
+from contextlib import nullcontext
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from meshes import make_mesh
 from pages import blocks, run_page
@@ -128,10 +130,19 @@ def test_an_extension_gives_the_answer_of_the_definition(make, extension):
 
 def test_the_readme_spreads_a_model_as_written():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (source,) = [source for _, source in blocks(readme) if source.startswith("mesh = ")]
+    (source,) = [source for _, source in blocks(readme) if source.startswith("auto = ")]
     model = one_device("router")
-    names = {"bx": bx, "jax": jax, "model": model}
+    state = optax.adamw(1e-3).init(eqx.filter(model, eqx.is_inexact_array))
+    names = {"bx": bx, "jax": jax, "model": model, "optimizer_state": state}
     names |= {"hidden_states": page()["tokens"], "input_ids": page()["ids"]}
     exec(source.replace("(2, 4)", "(2, 2)"), names)
     expected, _ = model(page()["tokens"], page()["ids"])
     np.testing.assert_allclose(names["output"], expected, rtol=0, atol=1e-5)
+    for moment in (names["optimizer_state"][0].mu, names["optimizer_state"][0].nu):
+        assert moment.experts.down.sharding == names["model"].experts.down.sharding
+    # What its page says of a mesh without `axis_types`, and of this one.
+    table = jnp.ones((20, 4))
+    for mesh, error in ((jax.make_mesh((4,), ("data",)), True), (names["mesh"], False)):
+        ids = jax.device_put(page()["ids"], jax.NamedSharding(mesh, jax.P("data")))
+        with pytest.raises(Exception, match="out_sharding") if error else nullcontext():
+            jax.eval_shape(lambda table, ids: table[ids], table, ids)
