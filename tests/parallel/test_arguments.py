@@ -21,7 +21,7 @@ import braidax as bx
         ({"tokens": ("expert", "batch")}, ValueError, "`mesh` must hold the axes"),
         ({"tokens": ("expert", "expert")}, ValueError, "no name twice"),
         ({"tokens": "expert"}, TypeError, "`tokens` must be a tuple"),
-        ({"exchange": "ring"}, TypeError, "`exchange` must be an `AbstractExchange`"),
+        ({"exchange": "ring"}, TypeError, "`exchange` must be an exchange"),
         ({"axis": None, "exchange": bx.exchange.Gather()}, ValueError, "must be None where `axis`"),
         ({"matmul": bx.matmul.Dense()}, TypeError, "`matmul` must be a kernel for groups of any"),
         ({"matmul": "ragged"}, TypeError, "`matmul` must be a kernel for groups of any"),

@@ -38,7 +38,7 @@ class Shard(NamedTuple):
       device's experts; the local index `num_experts` names nobody.
     """
 
-    axis: str | None
+    axis: str
     size: int
     num_experts: int
     compute: Callable[[Array, Array, Array], Array]
@@ -84,19 +84,3 @@ class AbstractExchange(eqx.Module):
     @abc.abstractmethod
     def rows_held(self, sizes: Sizes, size: int) -> tuple[int, int]:
         """Rows of the buffers that one of `size` devices sends from and receives into."""
-
-
-class Stay(AbstractExchange):
-    """Tokens stay on their device, which has all experts."""
-
-    def __call__(self, shard, tokens, indices, weights):
-        """As `AbstractExchange.__call__`."""
-        return shard.compute(tokens, indices, weights), None
-
-    def rows_sent(self, sizes: Sizes, size: int) -> float:
-        """As `AbstractExchange.rows_sent`."""
-        return 0.0
-
-    def rows_held(self, sizes: Sizes, size: int) -> tuple[int, int]:
-        """As `AbstractExchange.rows_held`."""
-        return 0, 0

@@ -5,14 +5,12 @@ from typing import Any
 import equinox as eqx
 import jax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray, PyTree
+from jaxtyping import PyTree
 
 from .._dispatch import AbstractDispatch, checked_kernel
-from .._experts import AbstractExperts
 from .._matmul import AbstractGroupedMatmul
-from .._router import AbstractRouter
 from .._routing import Routing
-from .exchange import AbstractExchange, Stay
+from .exchange import AbstractExchange
 from .gather import Gather
 from .layout import MeshLayout
 from .placement import check_experts, is_block, placed, shardings
@@ -35,6 +33,8 @@ class ExpertParallel(AbstractDispatch):
 
     The fields are the arguments of the constructor.
 
+    **Source:** GShard (arXiv:2006.16668), section 3.
+
     **Example:** on one device here; `(2, 4)` devices are used in the same way.
 
         >>> import braidax as bx, jax
@@ -52,7 +52,7 @@ class ExpertParallel(AbstractDispatch):
     mesh: Mesh = eqx.field(static=True)
     axis: str | None = eqx.field(static=True)
     tokens: tuple[str, ...] = eqx.field(static=True)
-    exchange: AbstractExchange
+    exchange: AbstractExchange | None
     matmul: AbstractGroupedMatmul
 
     def __init__(
@@ -82,15 +82,15 @@ class ExpertParallel(AbstractDispatch):
         **Raises:** `ValueError` or `TypeError` naming the argument.
         """
         MeshLayout(mesh, axis, tokens)  # raises the errors of these three
-        if exchange is None:
-            exchange = Stay() if axis is None else Gather()
-        if not isinstance(exchange, AbstractExchange):
+        if not isinstance(exchange, AbstractExchange | None):
             raise TypeError(
-                "`exchange` must be an `AbstractExchange`, as `braidax.exchange.Gather()`. "
+                "`exchange` must be an exchange, as `braidax.exchange.Gather()`. "
                 f"Got {exchange!r:.60}."
             )
-        if (axis is None) != isinstance(exchange, Stay):
+        if axis is None and exchange is not None:
             raise ValueError(f"`exchange` must be None where `axis` is None. Got {exchange!r}.")
+        if axis is not None and exchange is None:
+            exchange = Gather()
         self.mesh = mesh
         self.axis = axis
         self.tokens = tokens
@@ -102,15 +102,7 @@ class ExpertParallel(AbstractDispatch):
         """The mesh and its axes, with the number of devices on them."""
         return MeshLayout(self.mesh, self.axis, self.tokens)
 
-    def route(
-        self,
-        router: AbstractRouter,
-        hidden_states: Float[Array, "*batch hidden"],
-        input_ids: Integer[Array, "*batch"] | None,
-        *,
-        mask: Bool[Array, "*batch"] | None,
-        key: PRNGKeyArray | None,
-    ) -> Routing:
+    def route(self, router, hidden_states, input_ids, *, mask, key):
         """As `AbstractDispatch.route`: `router` on the part of `hidden_states`, `input_ids` and
         `mask` that each device has, with `key` folded with its number."""
         return route_on_shards(self.layout, router, hidden_states, input_ids, mask, key)
@@ -119,12 +111,7 @@ class ExpertParallel(AbstractDispatch):
         """**Raises:** `ValueError`, always: an error on one device leaves the others waiting."""
         raise ValueError(_NO_CHECKS)
 
-    def __call__(
-        self,
-        experts: AbstractExperts,
-        hidden_states: Float[Array, "*batch hidden"],
-        routing: Routing,
-    ) -> tuple[Float[Array, "*batch hidden"], Int[Array, ""]]:
+    def __call__(self, experts, hidden_states, routing):
         """As `AbstractDispatch.__call__`."""
         how = (self.layout, self.exchange, self.matmul)
         return experts_on_shards(*how, experts, hidden_states, routing)
@@ -147,7 +134,8 @@ class ExpertParallel(AbstractDispatch):
         for block in blocks:
             if block.checks:
                 raise ValueError(_NO_CHECKS)
-            check_experts(self.layout, block)
+            if block.dispatch != self:  # else a part of a model that was checked
+                check_experts(self.layout, block)
 
         def replace(node: Any) -> Any:
             return eqx.tree_at(lambda b: b.dispatch, node, self) if is_block(node) else node

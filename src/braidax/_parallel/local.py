@@ -6,7 +6,6 @@ and memory is that of one chunk whatever the skew. Nothing is kept for the backw
 inputs; each chunk is recomputed there. One chunk that holds all assignments is a `SortedDispatch`.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -72,7 +71,7 @@ def _chunked(static: PyTree, matmul: GroupedMatmul, chunk: int):
             rows = compute(_take(tokens, token), _take(weights, assignment), trained, arrays, sizes)
             return output.at[token].add(rows.astype(output.dtype), mode="drop")
 
-        return _over_chunks(own, chunk, step, output)
+        return jax.lax.fori_loop(0, -(-own.edges[-1] // chunk), step, output)
 
     def forward(*arguments):
         return run(*arguments), arguments
@@ -97,17 +96,12 @@ def _chunked(static: PyTree, matmul: GroupedMatmul, chunk: int):
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros_like(leaf, accumulation_dtype(leaf)), differentiated
         )
-        sums = _over_chunks(own, chunk, step, zeros)
+        sums = jax.lax.fori_loop(0, -(-own.edges[-1] // chunk), step, zeros)
         narrow = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, differentiated)
         return *narrow, None, None
 
     run.defvjp(forward, backward)
     return run
-
-
-def _over_chunks(own: _Own, chunk: int, step: Callable, start: PyTree) -> PyTree:
-    """`step(i, carry)` for every chunk `i` that has rows."""
-    return jax.lax.fori_loop(0, -(-own.edges[-1] // chunk), step, start)
 
 
 def _at(own: _Own, i: Array, chunk: int, num_assignments: int, num_tokens: int):

@@ -68,7 +68,7 @@ def route_on_shards(
 
 def experts_on_shards(
     layout: MeshLayout,
-    exchange: AbstractExchange,
+    exchange: AbstractExchange | None,
     matmul: AbstractGroupedMatmul,
     experts: AbstractExperts,
     hidden_states: Float[Array, "*batch hidden"],
@@ -101,17 +101,15 @@ def experts_on_shards(
             sizes = {"num_experts": num_local, "chunk": math.ceil(CHUNK * somebody.size)}
             return local_experts(combined, GroupedMatmul(matmul), rows, indices, weights, **sizes)
 
-        shard = Shard(layout.axis, layout.size, num_local, compute)
-        output, dropped = exchange(
-            shard,
-            hidden_states.reshape(-1, hidden_states.shape[-1]),
-            indices.reshape(-1, slots),
-            weights.reshape(-1, slots),
-        )
-        if dropped is None:
-            dropped = jnp.zeros((), jnp.int32)
+        rows = (hidden_states.reshape(-1, hidden_states.shape[-1]),)
+        rows += (indices.reshape(-1, slots), weights.reshape(-1, slots))
+        if exchange is None or layout.axis is None:
+            output, dropped = compute(*rows), None
         else:
-            dropped = jax.lax.psum(dropped, layout.tokens)
+            shard = Shard(layout.axis, layout.size, num_local, compute)
+            output, dropped = exchange(shard, *rows)
+        some = dropped is not None
+        dropped = jax.lax.psum(dropped, layout.tokens) if some else jnp.zeros((), jnp.int32)
         return output.reshape(hidden_states.shape), dropped
 
     parts = PartitionSpec(layout.tokens)

@@ -26,18 +26,15 @@ class TokenLayout(NamedTuple):
     @property
     def direct(self) -> bool:
         """Whether the first batch axis divides as it is."""
-        return bool(self.batch) and 0 < self.batch[0] and not self.batch[0] % self.shards
-
-    @property
-    def shards(self) -> int:
-        """Parts that the tokens are split into."""
-        return self.layout.token_shards
+        return (
+            bool(self.batch) and 0 < self.batch[0] and not self.batch[0] % self.layout.token_shards
+        )
 
     @property
     def padding(self) -> int:
         """Tokens to add behind the flattened ones; at least one for each part."""
-        count = math.prod(self.batch)
-        return 0 if self.direct else max(1, -(-count // self.shards)) * self.shards - count
+        count, parts = math.prod(self.batch), self.layout.token_shards
+        return 0 if self.direct else max(1, -(-count // parts)) * parts - count
 
     def live(self) -> Bool[Array, " tokens"] | None:
         """`False` on the added tokens; `None` where there are none."""
