@@ -254,11 +254,10 @@ rates = (0.001, 0.01, 0.1)
 by_rate = {rate: train(rate, 0.0, 0) for rate in rates if rate != 0.01}
 by_rate[0.01] = runs["bias 0.01", 0]
 
-figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), dpi=80, layout="constrained")
+figure, axes = plt.subplots(3, 1, figsize=(8, 8), dpi=80, layout="constrained")
 for rate, ax in zip(rates, axes, strict=True):
     bx.plot_bias(np.arange(steps), by_rate[rate]["bias"][:, 1], ax=ax)
-    ax.set(title=f"rate {rate}", ylabel="" if rate > rates[0] else ax.get_ylabel())
-    ax.set_xticks(range(0, steps + 1, 80))
+    ax.set(title=f"rate {rate}", ylabel="Bias − mean", xlabel="Training step" * (ax is axes[-1]))
 plt.show()
 
 for rate, run in by_rate.items():
