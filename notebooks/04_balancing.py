@@ -254,7 +254,7 @@ rates = (0.001, 0.01, 0.1)
 by_rate = {rate: train(rate, 0.0, 0) for rate in rates if rate != 0.01}
 by_rate[0.01] = runs["bias 0.01", 0]
 
-figure, axes = plt.subplots(3, 1, figsize=(8, 8), dpi=80, layout="constrained")
+figure, axes = plt.subplots(3, 1, figsize=(8, 7), dpi=70, layout="constrained")
 for rate, ax in zip(rates, axes, strict=True):
     bx.plot_bias(np.arange(steps), by_rate[rate]["bias"][:, 1], ax=ax)
     ax.set(title=f"rate {rate}", ylabel="Bias − mean", xlabel="Training step" * (ax is axes[-1]))
