@@ -71,7 +71,7 @@ def _layers(
             )
         name, given = f"routings[{position}]", routing.scores.shape[-1]
         # Without a model, nobody knows what stacked calls are, so each of them is a layer.
-        axes, num_experts, hint = routing.dropped.shape, given, ""
+        axes, num_experts, hint = routing.stacked, given, ""
         if routers is not None:
             axes, num_experts = router_shape(routers[position])
         elif axes:

@@ -59,7 +59,7 @@ def read_routing(routing: Any) -> Assignments:
     """The tokens of one layer's Routing in reading order. Raises `TypeError` for anything else."""
     if not isinstance(routing, Routing):
         raise TypeError(f"`routing` must be a Routing. Got {type(routing).__name__}.")
-    stacked = routing.dropped.shape
+    stacked = routing.stacked
     given = f"one over {stacked}: `jax.tree.map(lambda array: array[0], routing)` is its first part"
     check(not stacked, "routing", "be of one layer, and not stacked", given)
     return read_layers("routing", routing, ())[0]

@@ -145,7 +145,7 @@ def _load_table(loads: Any) -> np.ndarray:
     if isinstance(loads, Routing):
         loads = [loads]
     if isinstance(loads, Sequence) and all(isinstance(item, Routing) for item in loads):
-        layers = [layer for r in loads for layer in read_layers("loads", r, r.dropped.shape)]
+        layers = [layer for r in loads for layer in read_layers("loads", r, r.stacked)]
         sizes = [layer.num_experts for layer in layers]
         must = "hold routings with the same number of experts"
         check(len(set(sizes)) < 2, "loads", must, sizes)
