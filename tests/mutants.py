@@ -184,7 +184,7 @@ MUTANTS = (
         "_matmul/base.py",
         "return jnp.where(owned[:, None], rows, 0)",
         "return rows",
-        ("moe::an_assignment_to_nobody_is_left_out",),
+        ("moe::what_a_kernel_leaves_is_cleared",),
     ),
     Mutant(
         "a capacity keeps the first to come",

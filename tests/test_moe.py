@@ -441,6 +441,36 @@ def test_an_assignment_to_nobody_is_left_out(backend):
     assert int(routing.dropped) == 5
 
 
+class LeavesAnything(bx.matmul.Blocks):
+    """A kernel that writes NaN wherever its contract lets it: rows of nobody, groups without
+    rows."""
+
+    clears_empty_groups = False
+
+    def multiply(self, rows, weight, group_sizes, **options):
+        product = super().multiply(rows, weight, group_sizes, **options)
+        owned = jnp.arange(len(rows)) < group_sizes.sum()
+        return jnp.where(owned[:, None], product, jnp.nan)
+
+    def outer(self, left, right, group_sizes, **options):
+        product = super().outer(left, right, group_sizes, **options)
+        return jnp.where(group_sizes[:, None, None] > 0, product, jnp.nan)
+
+
+@pytest.mark.hazard(35)
+def test_what_a_kernel_leaves_is_cleared():
+    """Two groups, the second empty, and two rows of nobody, which hold NaN themselves."""
+    rows = jnp.array([[1.0, 2.0], [3.0, 4.0], [jnp.nan, 1.0], [1.0, jnp.nan]])
+    weight = jnp.array([[[1.0, 10.0], [0.5, 2.0]], [[7.0, 7.0], [7.0, 7.0]]])
+    sizes = jnp.array([2, 0], jnp.int32)
+    product = bx.GroupedMatmul(LeavesAnything())
+    output, vjp = jax.vjp(lambda *o: product(*o, sizes), rows, weight)
+    assert output.tolist() == [[2, 14], [5, 38], [0, 0], [0, 0]]
+    d_rows, d_weight = vjp(jnp.array([[1.0, 1.0], [1.0, -1.0], [jnp.nan] * 2, [1.0, 1.0]]))
+    assert d_rows.tolist() == [[11, 2.5], [-9, -1.5], [0, 0], [0, 0]]
+    assert d_weight.tolist() == [[[4, -2], [6, -2]], [[0, 0], [0, 0]]]
+
+
 @pytest.mark.parametrize("capacity", [0, 3, 8, 100])
 def test_capacity_against_a_recount(capacity):
     """Counted token by token; masked tokens take no room."""
