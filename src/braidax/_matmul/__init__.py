@@ -6,6 +6,7 @@ from .block_loop import LARGEST_BLOCK as LARGEST_BLOCK
 from .blocks import Blocks as Blocks
 from .closure import GroupedMatmul as GroupedMatmul
 from .dense import Dense as Dense
+from .mosaic import Mosaic as Mosaic
 from .network import Activation as Activation
 from .network import FeedForwardWeights as FeedForwardWeights
 from .network import accumulation_dtype as accumulation_dtype

@@ -4,63 +4,101 @@ from functools import partial
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import DTypeLike
 
 from .base import AbstractGroupedMatmul
 from .blocks import Blocks
+from .mosaic import Mosaic, attached_gpu
 from .ragged import Ragged
 
-_BY_PLATFORM = {"tpu": Ragged()}
-_ELSEWHERE = Blocks()
+_HOPPER = "9.0"  # the compute capability of H100, H200 and GH200
 
 
 class Auto(AbstractGroupedMatmul):
-    """The default: `Ragged()` for a TPU, and `Blocks()` for every other platform.
+    """The default: the kernel that suits the platform that a program is compiled for.
 
-    The choice is made when a program is *lowered*, not when it is traced. A program that is
-    exported on a CPU for a TPU carries the TPU's product. `Ragged()` is not chosen for a GPU,
-    because XLA makes a dense product of it there.
+    - `Ragged()` for a TPU.
+    - `Mosaic()` for 16-bit weights on an NVIDIA GPU, if the attached GPU is a Hopper.
+    - `Blocks()` for everything else. XLA makes a dense product of `Ragged()` on a GPU.
 
-    **Example:**
+    The platform is known when a program is *lowered*, not when it is traced. A program that is
+    exported on a CPU for a TPU carries the TPU's product. The generation of a GPU is only known
+    where the GPU is attached. To compile for a GPU that is not there, name its kernel.
 
-        >>> import braidax as bx
+    - `cuda`: the kernel for an NVIDIA GPU, instead of the choice by the attached GPU.
+
+    **Example:** a kernel that is chosen, and one that is named for an H100 elsewhere.
+
+        >>> import braidax as bx, jax.numpy as jnp
         >>> bx.matmul.Auto().chosen("cpu"), bx.matmul.Auto().chosen("tpu")
         (Blocks(), Ragged())
+        >>> bx.matmul.Auto(cuda=bx.matmul.Mosaic()).chosen("cuda", jnp.bfloat16)
+        Mosaic(num_cores=None)
+
+    **Raises:** `TypeError` unless `cuda` is a kernel of groups of any size or `None`.
     """
+
+    cuda: AbstractGroupedMatmul | None = None
 
     clears_empty_groups: ClassVar[bool] = True  # whichever kernel is chosen clears its own
 
-    def chosen(self, platform: str | None = None) -> AbstractGroupedMatmul:
-        """The kernel for `platform`, as `"cpu"`, `"cuda"` or `"tpu"`; by default JAX's own."""
-        return _BY_PLATFORM.get(platform or jax.default_backend(), _ELSEWHERE)
+    def __check_init__(self):
+        if self.cuda is not None and self.cuda.plain:
+            raise TypeError(
+                "`cuda` must be a kernel for groups of any size, as `braidax.matmul.Mosaic()`. "
+                f"Got {self.cuda!r:.60}."
+            )
+
+    def chosen(
+        self, platform: str | None = None, dtype: DTypeLike | None = None
+    ) -> AbstractGroupedMatmul:
+        """The kernel for `platform`, as `"cpu"`, `"cuda"` or `"tpu"`, and weights of `dtype`.
+
+        By default the platform is JAX's own, and the dtype float32."""
+        platform = platform or jax.default_backend()
+        if platform == "tpu":
+            return Ragged()
+        kernel = self._on_cuda() if platform in ("cuda", "gpu") else Blocks()
+        refused = isinstance(kernel, Mosaic) and not kernel.reads(dtype or jnp.float32)
+        return Blocks() if refused else kernel
+
+    def _on_cuda(self) -> AbstractGroupedMatmul:
+        hopper = getattr(attached_gpu(), "compute_capability", None) == _HOPPER
+        return self.cuda or (Mosaic() if hopper else Blocks())
 
     def multiply(self, rows, weight, group_sizes, **options):
         """As `AbstractGroupedMatmul.multiply`."""
-        return _lowered("cleared_multiply", rows, weight, group_sizes, **options)
+        operands = (rows, weight, group_sizes)
+        return self._lowered("cleared_multiply", weight.dtype, *operands, **options)
 
-    def outer(self, left, right, group_sizes, **options):
+    def outer(self, left, right, group_sizes, *, out_dtype):
         """As `AbstractGroupedMatmul.outer`."""
-        return _lowered("cleared_outer", left, right, group_sizes, **options)
+        operands = (left, right, group_sizes)
+        return self._lowered("cleared_outer", out_dtype, *operands, out_dtype=out_dtype)
 
     def forward(self, rows, weights, group_sizes, activation):
         """As `AbstractGroupedMatmul.forward`."""
-        return _lowered("forward", rows, weights, group_sizes, activation=activation)
+        operands = (rows, weights, group_sizes)
+        return self._lowered("forward", weights.up.dtype, *operands, activation=activation)
 
     def forward_saving(self, rows, weights, group_sizes, activation):
         """As `AbstractGroupedMatmul.forward_saving`."""
-        return _lowered("forward_saving", rows, weights, group_sizes, activation=activation)
+        operands = (rows, weights, group_sizes)
+        return self._lowered("forward_saving", weights.up.dtype, *operands, activation=activation)
 
     def backward(self, rows, weights, group_sizes, before, cotangent, activation):
         """As `AbstractGroupedMatmul.backward`."""
         operands = (rows, weights, group_sizes, before, cotangent)
-        return _lowered("backward", *operands, activation=activation)
+        return self._lowered("backward", weights.up.dtype, *operands, activation=activation)
 
-
-def _lowered(method: str, *operands, **options):
-    """`method` of the kernel that suits the platform, chosen at lowering: JAX then lowers no
-    other."""
-    branches = {
-        platform: partial(getattr(kernel, method), **options)
-        for platform, kernel in _BY_PLATFORM.items()
-    }
-    default = partial(getattr(_ELSEWHERE, method), **options)
-    return jax.lax.platform_dependent(*operands, default=default, **branches)
+    def _lowered(self, method: str, dtype: DTypeLike, *operands, **options):
+        """`method` of the kernel for the platform, chosen at lowering: JAX lowers no other."""
+        kernels = {platform: self.chosen(platform, dtype) for platform in ("cuda", "tpu")}
+        branches = {
+            platform: partial(getattr(kernel, method), **options)
+            for platform, kernel in kernels.items()
+            if kernel != Blocks()  # what is not traced twice
+        }
+        default = partial(getattr(Blocks(), method), **options)
+        return jax.lax.platform_dependent(*operands, default=default, **branches)
