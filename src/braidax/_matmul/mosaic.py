@@ -2,7 +2,7 @@
 
 from functools import partial
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import equinox as eqx
 import jax
