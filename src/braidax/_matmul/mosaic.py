@@ -104,7 +104,7 @@ class Mosaic(AbstractGroupedMatmul):
     def _through(self, rows, weights: FeedForwardWeights, group_sizes, activation, *, saving):
         """The output, and with `saving` the pre-activations, whose rows of nobody hold anything."""
         parts = num_inputs(activation)
-        if weights.up_bias is not None or not is_elementwise(activation, parts):
+        if weights.up_bias is not None or parts > 2 or not is_elementwise(activation, parts):
             return super().forward_saving(rows, weights, group_sizes, activation)
         options = {"saving": saving, "num_cores": self._cores()}
         rows = rows.astype(weights.up.dtype)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .elementwise import inlined
 from .mosaic_tiles import (
     ALIGNMENT,
     UNIT,
@@ -43,7 +44,7 @@ def activate(rows, up, group_sizes, activation, parts: int, *, saving: bool, num
     intermediate, hidden)`, in the dtype of `up`; with `saving` the parts beside it, in float32."""
 
     def finish(*before):
-        return [[activation(*before)], *([before] if saving else [])]
+        return [[inlined(activation)(*before)], *([before] if saving else [])]
 
     outputs = [(1, up.dtype), *([(parts, jnp.float32)] if saving else [])]
     operands = (rows, up, group_sizes)
@@ -96,7 +97,7 @@ def outer(left, right, group_sizes, *, out_dtype, num_cores: int):
 
     output = jax.ShapeDtypeStruct(shape, out_dtype)
     buffers = [plgpu.SMEM((height, width), out_dtype)]
-    return run(kernel, output, buffers, num_cores)(stops - group_sizes, stops, left, right)
+    return run(kernel, output, buffers, num_cores, stops - group_sizes, stops, left, right)
 
 
 def _by_tiles(finish, outputs, operands, *, transposed: bool, num_cores: int, parts: int = 1):
@@ -158,5 +159,5 @@ def _by_tiles(finish, outputs, operands, *, transposed: bool, num_cores: int, pa
         jax.ShapeDtypeStruct((rows.shape[0], count * size), dtype) for count, dtype in outputs
     ]
     buffers = [plgpu.SMEM((height, width), dtype) for count, dtype in outputs for _ in range(count)]
-    results = run(kernel, results, buffers, num_cores)(*tiles, rows, weight)
+    results = run(kernel, results, buffers, num_cores, *tiles, rows, weight)
     return [result[:num_rows] for result in results]

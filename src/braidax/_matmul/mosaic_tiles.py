@@ -1,5 +1,6 @@
 """Tiles of a Pallas Mosaic GPU kernel: their rows, and how they move between memories."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -101,14 +102,14 @@ def store_rows(buffers, places, begin, start, stop):
         size //= 2
 
 
-def run(kernel, output, buffers, num_cores: int):
-    """`kernel` on every core, with `buffers` in its own memory."""
+def run(kernel, output, buffers, num_cores: int, *operands):
+    """The `output` of `kernel` for `operands` on every core, with `buffers` in its own memory."""
 
     def body(*references):
         kernel(*references)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return plgpu.kernel(
+    compiled = plgpu.kernel(
         body,
         out_type=output,
         scratch_types=buffers,
@@ -116,3 +117,8 @@ def run(kernel, output, buffers, num_cores: int):
         grid_names=("core",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
+    # Inside of `jax.shard_map` the output varies over the mesh as the operands do, which a kernel
+    # does not tell JAX. XLA takes a select between equals away.
+    true = [jax.lax.full_like(operand, True, bool, ()) for operand in operands]
+    varying = functools.reduce(jnp.logical_and, true)
+    return jax.tree.map(lambda array: jnp.where(varying, array, array), compiled(*operands))
