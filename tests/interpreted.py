@@ -7,7 +7,6 @@ raises an error, and races are found.
 import contextlib
 import importlib
 
-import jax
 import pytest
 from jax.experimental.pallas import mosaic_gpu
 
@@ -19,13 +18,14 @@ CALLBACKS = importlib.import_module(f"{INTERPRET}.gpu_callbacks")
 
 
 @contextlib.contextmanager
-def interpreted(**options):
-    """Kernels that are traced inside are interpreted, with `options` of `InterpretGPUParams`.
-    Their results have to be read inside, too."""
-    parameters = PARAMETERS.InterpretGPUParams(**options)
+def interpreted():
+    """Kernels that are traced inside are interpreted, and must be free of races. Their results have
+    to be read inside, too."""
+    parameters = PARAMETERS.InterpretGPUParams(detect_races=True)
     try:
         with transposing(), PARAMETERS.force_gpu_interpret_mode(parameters):
             yield
+        assert not CALLBACKS.get_races().races_found
     finally:
         # After an exception no other call of the process would work without it.
         CALLBACKS.reset_gpu_interpret_mode_state()

@@ -82,7 +82,7 @@ def outer(left, right, group_sizes, *, out_dtype, num_cores: int):
                         clear_neighbours(right, begin(i), start, stop)
                         plgpu.commit_smem()
 
-                    plgpu.wgmma(total, plgpu.transpose_ref(left, (1, 0)), right)
+                    plgpu.wgmma(total, left.T, right)
                     plgpu.wgmma_wait(1)
 
                 corners = (lambda i: (begin(i), row * height), lambda i: (begin(i), column * width))
@@ -131,7 +131,7 @@ def _by_tiles(finish, outputs, operands, *, transposed: bool, num_cores: int, pa
             def accumulate(*totals):
                 def step(_, left, *rights):
                     for total, right in zip(totals, rights, strict=True):
-                        right = plgpu.transpose_ref(right, (1, 0)) if transposed else right
+                        right = right.T if transposed else right
                         plgpu.wgmma(total, left, right)
                     plgpu.wgmma_wait(parts)
 
