@@ -1,8 +1,10 @@
-"""The kernels of `Mosaic()`, interpreted on a CPU.
+"""`Mosaic()`: its kernels, interpreted on a CPU, and where `Auto()` takes them.
 
 The operands are small integers. Every sum is exact then, in every dtype and order, and numbers are
 compared exactly: the only rounding left is that of the result, which numpy does as well.
 """
+
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 from interpreted import interpreted
 
 import braidax as bx
+from braidax._matmul.elementwise import inlined, is_elementwise
 
 KERNEL = bx.matmul.Mosaic(num_cores=2)
 # Five groups. Rows past them are nobody's.
@@ -195,3 +198,122 @@ def test_a_layer_forward_and_backward(activation, use_bias, dtype):
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(as_float64(ours), as_float64(theirs))
+
+
+@pytest.mark.slow
+def test_256_experts():
+    group_sizes = np.zeros(256, int)
+    group_sizes[[0, 3, 128, 200, 255]] = 1, 70, 9, 2, 40
+    rows, weight = integers(0, (130, 64), "bfloat16"), integers(1, (256, 64, 64), "bfloat16")
+    with interpreted():
+        check_multiply(group_sizes, rows, weight, transposed=True, out_dtype="float32")
+        check_outer(group_sizes, rows, rows, out_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "dtype, widths, num_rows",
+    [("float32", (64, 64), 7), ("bfloat16", (64, 12), 7), ("bfloat16", (64, 64), 0)],
+)
+def test_what_blocks_computes(dtype, widths, num_rows):
+    """A kernel that is not interpreted would not run here."""
+    rows, weight = integers(0, (num_rows, widths[0]), dtype), integers(1, (5, *widths), dtype)
+    sizes = [3, 0, 1, 0, 1] if num_rows else [0] * 5
+    check_multiply(sizes, rows, weight, transposed=False, out_dtype="float32")
+    check_outer(sizes, rows, rows[:, : widths[1]], out_dtype=dtype)
+    experts = make_experts(bilinear, False, dtype, hidden=widths[1])
+    product, tokens = bx.GroupedMatmul(KERNEL), integers(2, (num_rows, widths[1]), dtype)
+    if dtype == "float32":
+        want = experts(tokens, jnp.asarray(sizes), bx.GroupedMatmul(bx.matmul.Blocks()))
+        np.testing.assert_array_equal(experts(tokens, jnp.asarray(sizes), product), want)
+
+
+@jax.custom_vjp
+def with_rules(x):
+    return x * jnp.tanh(x)
+
+
+with_rules.defvjp(lambda x: (with_rules(x), x), lambda x, cotangent: (cotangent * x,))
+
+
+@pytest.mark.parametrize(
+    "activation, count",
+    [
+        (bx.activations.swiglu(2.0), 2),
+        (jax.nn.relu, 1),
+        (jax.nn.gelu, 1),
+        (lambda x: jnp.clip(x, -1, 2) ** 3, 1),
+        (with_rules, 1),
+    ],
+)
+def test_an_activation_inside_of_a_kernel(activation, count):
+    assert is_elementwise(activation, count)
+    tiles = [jax.random.normal(jax.random.key(i), (8, 16)) for i in range(count)]
+    np.testing.assert_array_equal(inlined(activation)(*tiles), activation(*tiles))
+    names = {
+        equation.primitive.name for equation in jax.make_jaxpr(inlined(activation))(*tiles).eqns
+    }
+    assert not {name for name in names if "jit" in name or "custom" in name}
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        lambda x: x - x.mean(axis=-1, keepdims=True),
+        lambda x: jnp.cumsum(x, axis=-1),
+        lambda x: x[:, ::-1],
+        lambda x: x * jnp.arange(64.0)[None],
+        lambda x: (x > 0).astype(jnp.float32),
+        lambda x: x**-2,
+        jax.nn.softplus,
+    ],
+)
+def test_an_activation_outside_of_the_kernel(activation):
+    assert not is_elementwise(activation, 1)
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, kernel",
+    [
+        ("9.0", "bfloat16", bx.matmul.Mosaic()),
+        ("9.0", "float16", bx.matmul.Mosaic()),
+        ("9.0", "float32", bx.matmul.Blocks()),
+        ("9.0", None, bx.matmul.Blocks()),
+        ("8.0", "bfloat16", bx.matmul.Blocks()),
+        ("10.0", "bfloat16", bx.matmul.Blocks()),
+        (None, "bfloat16", bx.matmul.Blocks()),
+    ],
+)
+def test_auto_chooses_by_the_attached_gpu(monkeypatch, capability, dtype, kernel):
+    gpu = None if capability is None else types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr("braidax._matmul.auto.attached_gpu", lambda: gpu)
+    auto = bx.matmul.Auto()
+    assert auto.chosen("cuda", dtype) == auto.chosen("gpu", dtype) == kernel
+    assert auto.chosen("tpu", dtype) == bx.matmul.Ragged()
+    assert auto.chosen("cpu", dtype) == bx.matmul.Blocks()
+
+
+def test_auto_takes_the_kernel_that_is_named():
+    auto = bx.matmul.Auto(cuda=KERNEL)
+    assert auto.chosen("cuda", "bfloat16") == KERNEL
+    assert auto.chosen("cuda", "float32") == bx.matmul.Blocks()
+    assert bx.matmul.Auto(cuda=bx.matmul.Ragged()).chosen("cuda") == bx.matmul.Ragged()
+
+
+def test_a_program_for_many_platforms_runs_on_this_one():
+    experts = make_experts(bilinear, False, "bfloat16")
+    tokens, routing = integers(4, (8, 64), "bfloat16"), make_routing(np.full((8, 2), 3), 5)
+    outputs = [
+        jax.jit(bx.SortedDispatch(matmul))(experts, tokens, routing)[0]
+        for matmul in (bx.matmul.Auto(cuda=KERNEL), bx.matmul.Blocks())
+    ]
+    np.testing.assert_array_equal(*outputs)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_arguments():
+    for wrong, error in ((0, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="num_cores"):
+            bx.matmul.Mosaic(num_cores=wrong)
+    for wrong in (bx.matmul.Dense(), "mosaic"):
+        with pytest.raises(TypeError, match="`cuda` must be a kernel"):
+            bx.matmul.Auto(cuda=wrong)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .._dispatch import AbstractDispatch
 from .._experts.packed import PackedMatrices
 from .._matmul import Auto
 from .._moe import RoutedAndSharedMoE, RoutedMoE
@@ -87,7 +86,7 @@ def count_block(path: str, block: RoutedMoE | RoutedAndSharedMoE) -> BlockSummar
         module=type(block).__name__,
         router=router_kind(routed.router),
         dispatch=type(routed.dispatch).__name__,
-        matmul=_kernel(routed.dispatch),
+        matmul=_kernel(routed),
         layers=math.prod(axes),
         num_experts=num_experts,
         num_experts_per_token=chosen,
@@ -96,10 +95,12 @@ def count_block(path: str, block: RoutedMoE | RoutedAndSharedMoE) -> BlockSummar
     )
 
 
-def _kernel(dispatch: AbstractDispatch) -> str:
-    kernel = getattr(dispatch, "matmul", None)
+def _kernel(routed: RoutedMoE) -> str:
+    kernel = getattr(routed.dispatch, "matmul", None)
     if isinstance(kernel, Auto):
-        return f"{kernel}, which is {kernel.chosen()} on {jax.default_backend()}"
+        leaves = jax.tree.leaves(routed.experts, is_leaf=is_packed)
+        dtype = next((leaf.dtype for leaf in leaves if is_array(leaf)), None)
+        return f"{kernel}, which is {kernel.chosen(dtype=dtype)} on {jax.default_backend()}"
     return "" if kernel is None else repr(kernel)
 
 

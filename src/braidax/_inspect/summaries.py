@@ -79,7 +79,7 @@ def summary(model: PyTree | MoEConfig) -> Summary:
       Capacities, `remat` and a dispatch that computes every expert are not taken into account.
     - Experts and routers of another class: every matrix counts as one product per token, unless its
       name ends in `bias`. The first axis of every array of the experts is the expert axis.
-    - The kernel that `Auto()` chooses is that of this machine's platform.
+    - The kernel that `Auto()` chooses is that of this machine's platform and the experts' dtype.
 
     **Example:** DeepSeek-V4-Flash: a token uses 177 million of a layer's 6.5 billion parameters.
 

@@ -9,7 +9,7 @@ from jaxtyping import DTypeLike
 
 from .base import AbstractGroupedMatmul
 from .blocks import Blocks
-from .mosaic import Mosaic, attached_gpu
+from .mosaic import OLDEST_JAX, Mosaic, attached_gpu
 from .ragged import Ragged
 
 _HOPPER = "9.0"  # the compute capability of H100, H200 and GH200
@@ -34,7 +34,7 @@ class Auto(AbstractGroupedMatmul):
         >>> bx.matmul.Auto().chosen("cpu"), bx.matmul.Auto().chosen("tpu")
         (Blocks(), Ragged())
         >>> bx.matmul.Auto(cuda=bx.matmul.Mosaic()).chosen("cuda", jnp.bfloat16)
-        Mosaic(num_cores=None)
+        Mosaic()
 
     **Raises:** `TypeError` unless `cuda` is a kernel of groups of any size or `None`.
     """
@@ -44,10 +44,13 @@ class Auto(AbstractGroupedMatmul):
     clears_empty_groups: ClassVar[bool] = True  # whichever kernel is chosen clears its own
 
     def __check_init__(self):
-        if self.cuda is not None and self.cuda.plain:
+        kernel = self.cuda
+        if kernel is None:
+            return
+        if not isinstance(kernel, AbstractGroupedMatmul) or kernel.plain:
             raise TypeError(
                 "`cuda` must be a kernel for groups of any size, as `braidax.matmul.Mosaic()`. "
-                f"Got {self.cuda!r:.60}."
+                f"Got {kernel!r:.60}."
             )
 
     def chosen(
@@ -64,8 +67,10 @@ class Auto(AbstractGroupedMatmul):
         return Blocks() if refused else kernel
 
     def _on_cuda(self) -> AbstractGroupedMatmul:
+        if self.cuda is not None:
+            return self.cuda
         hopper = getattr(attached_gpu(), "compute_capability", None) == _HOPPER
-        return self.cuda or (Mosaic() if hopper else Blocks())
+        return Mosaic() if hopper and jax.__version_info__ >= OLDEST_JAX else Blocks()
 
     def multiply(self, rows, weight, group_sizes, **options):
         """As `AbstractGroupedMatmul.multiply`."""

@@ -46,11 +46,12 @@ def _is_known(function: ClosedJaxpr, shape: tuple[int, ...]) -> bool:
 
 
 def _is_operation(equation: JaxprEqn, shape: tuple[int, ...]) -> bool:
-    name, inputs = equation.primitive.name, [variable.aval for variable in equation.invars]
-    (output,) = (variable.aval for variable in equation.outvars)
-    if name == "convert_element_type":  # between floats alone
-        inputs.append(output)
-        known = all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in inputs)
+    name = equation.primitive.name
+    inputs: list[Any] = [variable.aval for variable in equation.invars]
+    output: Any = equation.outvars[0].aval
+    if name == "convert_element_type":  # of a tile only between floats
+        floats = all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in (*inputs, output))
+        known = floats or output.shape == ()
     elif name == "broadcast_in_dim":
         known = inputs[0].shape == ()
     else:

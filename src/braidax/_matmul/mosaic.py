@@ -16,22 +16,28 @@ from .elementwise import is_elementwise
 from .network import FeedForwardWeights, accumulation_dtype, num_inputs
 
 _UNIT = 64  # every width is a multiple
-_NUM_CORES = 132  # of an H100 or H200 on a board with NVLink
+_NUM_CORES = 132  # of an H200, and of most H100
+OLDEST_JAX = (0, 10, 2)  # what came before has another interface of kernels
 
 
 class Mosaic(AbstractGroupedMatmul):
-    """Kernels for NVIDIA's Hopper GPUs, written in Pallas Mosaic GPU: nothing of them is dense.
+    """Kernels for NVIDIA's Hopper GPUs, written in Pallas Mosaic GPU.
 
     Weights are bfloat16 or float16, and rows are rounded to their dtype. Sums are float32. Weight
-    gradients leave the kernel in the dtype of the weights. The forward pass computes gate, up and
-    activation in one kernel.
+    gradients are written in the dtype of the weights. The forward pass computes gate, up and
+    activation in one kernel, and stores no product of every row with every expert.
 
-    `Blocks()` takes over for other dtypes, for a width that is no multiple of 64, and for no rows.
-    Biases, and an activation that the kernel cannot compute, get kernels of their own. Any other
-    device raises an error of JAX: `Auto()` chooses by device.
+    Everything else is right as well, by other means:
 
-    - `num_cores`: of the GPU. By default that of the attached GPU, or 132 without one. Another
-        number is slower, and as right.
+    - `Blocks()` computes weights of another dtype, and widths that are no multiple of 64.
+    - An up-projection with a bias, and an activation that is more than arithmetic, `exp`, `tanh`,
+      comparisons and the like, follow the product instead of being part of its kernel.
+
+    Only Hopper GPUs run the kernels: JAX raises an error on another device. `Auto()` chooses by
+    device. The numbers were tested by interpretation on a CPU, and never on a GPU.
+
+    - `num_cores`: of the GPU, by default those of the attached GPU, or 132 without one. The results
+        do not depend on the number.
 
     **Example:** a block whose products run on an H100.
 
@@ -40,7 +46,8 @@ class Mosaic(AbstractGroupedMatmul):
         >>> block = bx.top_k_moe(128, 64, 8, 2, dispatch=dispatch, dtype=jnp.bfloat16,
         ...     key=jax.random.key(0))
 
-    **Raises:** `ValueError` or `TypeError` unless `num_cores` is a positive integer or `None`.
+    **Raises:** `ValueError` or `TypeError` unless `num_cores` is a positive integer or `None`, and
+    `ImportError` for jax older than 0.10.2.
     """
 
     num_cores: int | None = eqx.field(static=True, default=None)
@@ -51,6 +58,8 @@ class Mosaic(AbstractGroupedMatmul):
     def __check_init__(self):
         if self.num_cores is not None:
             positive_integer("num_cores", self.num_cores)
+        if jax.__version_info__ < OLDEST_JAX:
+            raise ImportError(f"`Mosaic()` needs jax 0.10.2 or newer. Got {jax.__version__}.")
 
     @staticmethod
     def reads(dtype: DTypeLike) -> bool:
