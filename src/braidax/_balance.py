@@ -19,7 +19,7 @@ _COUNTS = (jnp.integer, jnp.floating)  # floats: means of loads over steps
 def count_sorted(indices: Int32[Array, " rows"], num_experts: int) -> Int32[Array, " experts"]:
     """Number of entries of ascending `indices` equal to each expert."""
     if is_symbolic_dim(indices.size):  # `searchsorted` needs to know how many steps it takes
-        equal = indices[:, None] == jnp.arange(num_experts, dtype=indices.dtype)
+        equal = indices[:, None] == jnp.arange(num_experts, dtype=indices.dtype)[None]
         return jnp.sum(equal, axis=0, dtype=jnp.int32)
     edges = jnp.searchsorted(indices, jnp.arange(num_experts + 1, dtype=indices.dtype))
     return jnp.diff(edges).astype(jnp.int32)

@@ -118,7 +118,7 @@ class Experts(AbstractExperts):
         ((8, 2, 16, 32), (8, 16, 32))
     """
 
-    # Arrays, or packed numbers that are read as arrays.
+    # Arrays, or what stands in for them: packed numbers, and modules that multiply rows themselves.
     gate_up: Any
     down: Any
     gate_up_bias: Float[Array, "experts _ intermediate"] | None

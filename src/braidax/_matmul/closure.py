@@ -20,7 +20,7 @@ from .base import AbstractGroupedMatmul, clear_nobody
 from .blocks import Blocks
 from .mapped import mapped_by, mapped_multiply, mapped_outer
 from .network import Activation, FeedForwardWeights, accumulation_dtype
-from .stacks import is_packed
+from .stacks import is_array, is_packed
 
 
 class GroupedMatmul(eqx.Module):
@@ -56,11 +56,15 @@ class GroupedMatmul(eqx.Module):
         **Arguments:**
 
         - `rows`: `(rows, size_in)`, consecutive rows for each group.
-        - `weight`: `(groups, size_in, size_out)`.
+        - `weight`: `(groups, size_in, size_out)`. An object with a method `multiply(product, rows,
+            group_sizes, *, transposed)` multiplies by itself what stands for such an array.
         - `group_sizes`: int32 `(groups,)`, the rows of each group.
         - `transposed`: whether the matrices are `(size_out, size_in)`.
         - `out_dtype`: of the result, by default float32 or wider.
         """
+        if hasattr(weight, "multiply"):
+            output = weight.multiply(self, rows, group_sizes, transposed=transposed)
+            return output if out_dtype is None else output.astype(out_dtype)
         rows, weight, group_sizes = varying_alike((rows, weight, group_sizes))
         out_dtype = jnp.dtype(out_dtype or accumulation_dtype(rows, weight))
         if self.kernel.plain:
@@ -88,7 +92,7 @@ class GroupedMatmul(eqx.Module):
             every activation that computes the same.
         """
         rows, weights, group_sizes = varying_alike((rows, weights, group_sizes))
-        if self.kernel.plain or is_packed(weights.up) or is_packed(weights.down):
+        if self.kernel.plain or not (is_array(weights.up) and is_array(weights.down)):
             return network.forward_saving(self, rows, weights, group_sizes, activation)[0]
         return _feed_forward(self.kernel, rows, weights, group_sizes, activation)
 

@@ -4,7 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+
+def is_array(stack: Any) -> bool:
+    """Whether `stack` is an array, and not an object that stands in for one."""
+    return isinstance(stack, jax.Array | np.ndarray)
 
 
 def is_packed(stack: Any) -> bool:
