@@ -2,10 +2,11 @@
 `jax.shard_map` the axes that they vary over."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -44,7 +45,7 @@ def varying_alike(tree: PyTree) -> PyTree:
     around = jax.sharding.get_abstract_mesh().manual_axes
     if not around:
         return tree
-    arrays, static = eqx.partition(tree, eqx.is_array)
+    arrays, static = eqx.partition(tree, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
     for axis in around:
         varying = [_varies(leaf, axis) for leaf in jax.tree.leaves(arrays)]
         if any(varying):
@@ -57,11 +58,11 @@ def varying_alike(tree: PyTree) -> PyTree:
     return eqx.combine(arrays, static)
 
 
-def _cast(array: Array, axis: str) -> Array:
+def _cast(array: Any, axis: str) -> Array:
     return jax.lax.pcast(array, (axis,), to="varying")
 
 
-def _varies(array: Array, axis: str) -> bool:
+def _varies(array: Any, axis: str) -> bool:
     """JAX has no public question for the axes, but refuses to cast what varies already."""
     try:
         _cast(array, axis)

@@ -208,7 +208,7 @@ class WithConstants(bx.AbstractExperts):
     def __call__(self, rows, group_sizes, matmul):
         first = matmul(rows @ jnp.asarray(CONSTANT), self.weight, group_sizes)
         second = matmul(jnp.ones(rows.shape), self.weight, group_sizes)
-        ones = jnp.ones((len(group_sizes), HIDDEN, HIDDEN))
+        ones = np.ones((len(group_sizes), HIDDEN, HIDDEN), np.float32)
         return first * CONSTANT[:1] + second + matmul(rows, ones, group_sizes)
 
 
