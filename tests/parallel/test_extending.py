@@ -141,8 +141,8 @@ def test_the_readme_spreads_a_model_as_written():
     for moment in (names["optimizer_state"][0].mu, names["optimizer_state"][0].nu):
         assert moment.experts.down.sharding == names["model"].experts.down.sharding
     # What its page says of a mesh without `axis_types`, and of this one.
-    table = jnp.ones((20, 4))
     for mesh, error in ((jax.make_mesh((4,), ("data",)), True), (names["mesh"], False)):
+        table = jax.device_put(jnp.ones((20, 4)), jax.NamedSharding(mesh, jax.P()))
         ids = jax.device_put(page()["ids"], jax.NamedSharding(mesh, jax.P("data")))
         with pytest.raises(Exception, match="out_sharding") if error else nullcontext():
             jax.eval_shape(lambda table, ids: table[ids], table, ids)
