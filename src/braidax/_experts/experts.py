@@ -153,7 +153,7 @@ class Experts(AbstractExperts):
         matmul: GroupedMatmul,
     ) -> Float[Array, "rows hidden"]:
         """As `AbstractExperts.__call__`. Activations between the products are not rounded, but for
-        kernels that multiply numbers of one width (`Ragged`, `Tokamax`).
+        kernels that multiply numbers of one width (`Mosaic`, `Ragged`, `Tokamax`).
 
         **Raises:** `ValueError` at trace time for weights that do not fit together.
         """

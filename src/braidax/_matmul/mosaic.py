@@ -30,8 +30,8 @@ class Mosaic(AbstractGroupedMatmul):
     Everything else is right as well, by other means:
 
     - `Blocks()` computes weights of another dtype, and widths that are no multiple of 64.
-    - An up-projection with a bias, and an activation that is more than arithmetic, `exp`, `tanh`,
-      comparisons and the like, follow the product instead of being part of its kernel.
+    - A bias of the up-projection is added after its product, and the activation is computed then.
+    - So is an activation of operations that the kernel does not know, as `log1p`.
 
     Only Hopper GPUs run the kernels: JAX raises an error on another device. `Auto()` chooses by
     device. The numbers were tested by interpretation on a CPU, and never on a GPU.
