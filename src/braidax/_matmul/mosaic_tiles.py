@@ -1,6 +1,5 @@
 """Tiles of a Pallas Mosaic GPU kernel: their rows, and how they move between memories."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -8,6 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
+
+from .._mesh import varying_alike
 
 UNIT = 64  # rows of an instruction of the tensor cores, and 128 bytes of 16-bit numbers
 ALIGNMENT = 8  # rows: a copy between memories begins at a multiple
@@ -117,8 +118,5 @@ def run(kernel, output, buffers, num_cores: int, *operands):
         grid_names=("core",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    # Inside of `jax.shard_map` the output varies over the mesh as the operands do, which a kernel
-    # does not tell JAX. XLA takes a select between equals away.
-    true = [jax.lax.full_like(operand, True, bool, ()) for operand in operands]
-    varying = functools.reduce(jnp.logical_and, true)
-    return jax.tree.map(lambda array: jnp.where(varying, array, array), compiled(*operands))
+    # Inside of `jax.shard_map` the output varies as the operands do, which no kernel tells JAX.
+    return varying_alike((operands, compiled(*operands)))[1]
