@@ -259,7 +259,7 @@ def test_the_loop_does_work_in_proportion_to_the_assignments():
 
 
 @pytest.mark.hazard(45)
-@every_kind
+@pytest.mark.parametrize("kind", slow_but_one(["hash", "top_k"]))
 def test_numpy_leaves_give_the_same_bits(kind):
     """As `jax.device_get` or a checkpoint restores them; compiled and not."""
     block = make_block(bx, kind, "blocks")
