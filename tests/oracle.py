@@ -18,13 +18,14 @@ def top_k(values, k):
     return sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
 
 
-def select(scores, bias, k, num_groups=1, num_selected_groups=1):
+def select(scores, bias, k, num_groups=1, num_selected_groups=1, num_summed=2):
     """Biased, group-limited selection for one token."""
     corrected = list(scores + bias)
     size = len(corrected) // num_groups
     if num_groups > 1:
         group_scores = [
-            sum(sorted(corrected[g * size : (g + 1) * size])[-2:]) for g in range(num_groups)
+            sum(sorted(corrected[g * size : (g + 1) * size])[-num_summed:])
+            for g in range(num_groups)
         ]
         kept = top_k(group_scores, num_selected_groups)
         corrected = [v if i // size in kept else -np.inf for i, v in enumerate(corrected)]

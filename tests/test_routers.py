@@ -148,13 +148,20 @@ def test_masked_groups_are_minus_infinity_not_zero():
 
 
 @pytest.mark.hazard(29)
-def test_groups_against_the_oracle():
+@pytest.mark.parametrize("group_score, num_summed", [("top2", 2), ("max", 1)])
+def test_groups_against_the_oracle(group_score, num_summed):
     rng = np.random.default_rng(0)
     bias = rng.normal(size=12).astype(np.float32) * 0.3
     logits = rng.normal(size=(50, 12)).astype(np.float32)
-    routing = by_hand(logits, bias, k=4, num_groups=4, num_selected_groups=2)
+    groups = {"num_groups": 4, "num_selected_groups": 2, "group_score": group_score}
+    routing = by_hand(logits, bias, k=4, **groups)
     for row, got in zip(np.asarray(routing.scores, np.float64), routing.indices, strict=True):
-        assert got.tolist() == oracle.select(row, bias, 4, 4, 2)
+        assert got.tolist() == oracle.select(row, bias, 4, 4, 2, num_summed)
+
+
+def test_the_best_score_may_rank_groups_of_one_expert():
+    groups = {"num_groups": 4, "num_selected_groups": 2, "group_score": "max"}
+    assert by_hand([0.0, 3.0, 1.0, 2.0], **groups).indices.tolist() == [1, 3]
 
 
 def test_softmax_weights_are_normalized_by_default():
@@ -349,6 +356,7 @@ CONSTRUCTION_ERRORS = [
     ({"num_experts": 6, "num_groups": 6}, ValueError, "at least 2"),
     ({"num_experts": 6, "num_groups": 3, "num_selected_groups": 4}, ValueError, "1 and 3. Got 4"),
     ({"num_experts": 6, "num_groups": 3, "num_selected_groups": 1}, ValueError, "1 \\* 2"),
+    ({"num_groups": 1, "group_score": "sum"}, ValueError, "'top2' or 'max'. Got 'sum'"),
     ({"dtype": jnp.int32}, TypeError, "dtype"),
 ]
 

@@ -1,6 +1,6 @@
 """`TopKRouter`: the highest scores win, after a bias that only selection sees."""
 
-from typing import ClassVar, Unpack
+from typing import ClassVar, Literal, Unpack
 
 import equinox as eqx
 import jax
@@ -12,6 +12,9 @@ from .._checks import experts_per_token, integer, positive_integer
 from .._routing import InputIds, Scores
 from .base import AbstractRouter, Selection
 from .gate import Gate, GateOptions
+
+# What ranks a group: the sum of so many of its best biased scores.
+_GROUP_SCORES = {"top2": 2, "max": 1}
 
 
 class TopKRouter(AbstractRouter):
@@ -47,6 +50,7 @@ class TopKRouter(AbstractRouter):
     num_experts_per_token: int = eqx.field(static=True)
     num_groups: int = eqx.field(static=True)
     num_selected_groups: int = eqx.field(static=True)
+    group_score: str = eqx.field(static=True)
 
     untrained_fields: ClassVar[tuple[str, ...]] = ("score_correction_bias",)
 
@@ -58,14 +62,17 @@ class TopKRouter(AbstractRouter):
         *,
         num_groups: int = 1,
         num_selected_groups: int = 1,
+        group_score: Literal["top2", "max"] = "top2",
         key: PRNGKeyArray,
         **gate_options: Unpack[GateOptions],
     ):
         """**Arguments:**
 
         - `hidden_size`, `num_experts`, `num_experts_per_token`: sizes.
-        - `num_groups`, `num_selected_groups`: selection limited to the groups of consecutive
-            experts with the highest sum of two best biased scores; 1 and 1 for no limit.
+        - `num_groups`, `num_selected_groups`: selection limited to the best groups of consecutive
+            experts; 1 and 1 for no limit.
+        - `group_score`: what ranks a group: the sum of its two best biased scores (DeepSeek-V3),
+            or the best one, `"max"` (DeepSeek-V2).
         - `key` and the `gate_options`, which are `score_function`, `normalize`,
             `scaling_factor`, `temperature`, `use_bias` and `dtype`: as for `Gate`.
 
@@ -73,9 +80,14 @@ class TopKRouter(AbstractRouter):
         """
         self.gate = Gate(hidden_size, num_experts, key=key, **gate_options)
         self.num_experts_per_token = experts_per_token(num_experts_per_token, num_experts)
-        _check_groups(num_experts, num_experts_per_token, num_groups, num_selected_groups)
+        if group_score not in _GROUP_SCORES:
+            names = " or ".join(map(repr, _GROUP_SCORES))
+            raise ValueError(f"`group_score` must be {names}. Got {group_score!r:.60}.")
+        groups = (num_groups, num_selected_groups, _GROUP_SCORES[group_score])
+        _check_groups(num_experts, num_experts_per_token, *groups)
         self.score_correction_bias = jnp.zeros(num_experts, jnp.float32)
         self.num_groups, self.num_selected_groups = int(num_groups), int(num_selected_groups)
+        self.group_score = group_score
 
     def select(
         self,
@@ -100,7 +112,8 @@ class TopKRouter(AbstractRouter):
         # A score underflows to 0 at a finite logit too; -inf must still lose against it.
         corrected = jnp.where(jnp.isneginf(logits), -jnp.inf, corrected)
         if self.num_selected_groups < self.num_groups:
-            corrected = _keep_best_groups(corrected, self.num_groups, self.num_selected_groups)
+            groups = (self.num_groups, self.num_selected_groups, _GROUP_SCORES[self.group_score])
+            corrected = _keep_best_groups(corrected, *groups)
         _, indices = jax.lax.top_k(corrected, self.num_experts_per_token)
         return indices.astype(jnp.int32), ~undefined.any(axis=-1)
 
@@ -120,14 +133,16 @@ class TopKRouter(AbstractRouter):
         return eqx.tree_at(lambda router: router.score_correction_bias, self, bias)
 
 
-def _keep_best_groups(corrected: Scores, num_groups: int, num_selected: int) -> Scores:
+def _keep_best_groups(
+    corrected: Scores, num_groups: int, num_selected: int, num_summed: int
+) -> Scores:
     """Experts outside the selected groups become -inf: 0 would beat a negative biased score."""
     *batch, num_experts = corrected.shape
     grouped = corrected.reshape(*batch, num_groups, num_experts // num_groups)
     # Finite for the ranking of groups: beside one -inf a good expert must still count.
     largest = float(jnp.finfo(grouped.dtype).max) / 4
     finite = jnp.clip(grouped, -largest, largest)
-    group_scores = jax.lax.top_k(finite, 2)[0].sum(axis=-1)
+    group_scores = jax.lax.top_k(finite, num_summed)[0].sum(axis=-1)
     # A rank comparison instead of a scatter: group i is kept when fewer than `num_selected`
     # groups come before it, and equal groups are won by the lower index as in `top_k`.
     ours, theirs = group_scores[..., :, None], group_scores[..., None, :]
@@ -149,17 +164,21 @@ def _check_bias(bias: Array, num_experts: int) -> None:
 
 
 def _check_groups(
-    num_experts: int, num_experts_per_token: int, num_groups: int, num_selected_groups: int
+    num_experts: int,
+    num_experts_per_token: int,
+    num_groups: int,
+    num_selected_groups: int,
+    num_summed: int,
 ) -> None:
     positive_integer("num_groups", num_groups)
     integer("num_selected_groups", num_selected_groups, 1, num_groups)
     if num_experts % num_groups != 0:
         raise ValueError(f"`num_groups` must divide num_experts={num_experts}. Got {num_groups}.")
     group_size = num_experts // num_groups
-    if num_groups > 1 and group_size < 2:
+    if num_groups > 1 and group_size < num_summed:
         raise ValueError(
-            "`num_groups` must leave at least 2 experts in a group, whose two best scores rank "
-            f"it. Got {num_groups} groups of {num_experts} experts."
+            f"`num_groups` must leave at least {num_summed} experts in a group, whose best scores "
+            f"rank it. Got {num_groups} groups of {num_experts} experts."
         )
     if num_experts_per_token > num_selected_groups * group_size:
         raise ValueError(
