@@ -11,16 +11,17 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer, PRNGKeyArray
 
 from ._checks import boolean, integer, same_sizes
 from ._compiled import compiled
 from ._config import MoEConfig
 from ._dispatch import AbstractDispatch, SortedDispatch
 from ._experts import AbstractExperts, Experts, FeedForward, activations
+from ._latent import LatentProjection
 from ._replay import replayed
 from ._router import AbstractRouter, router_from_config
-from ._routing import Routing, zero_masked
+from ._routing import Routing, without_identity, zero_masked
 
 _SORTED = SortedDispatch()
 
@@ -45,6 +46,8 @@ class RoutedMoE(eqx.Module):
     router: AbstractRouter
     experts: AbstractExperts
     dispatch: AbstractDispatch
+    latent: LatentProjection | None
+    num_identity_experts: int = eqx.field(static=True)
     checks: bool = eqx.field(static=True)
 
     def __init__(
@@ -53,6 +56,8 @@ class RoutedMoE(eqx.Module):
         experts: AbstractExperts,
         *,
         dispatch: AbstractDispatch = _SORTED,
+        latent: LatentProjection | None = None,
+        num_identity_experts: int = 0,
         checks: bool = False,
     ):
         """**Arguments:**
@@ -61,6 +66,9 @@ class RoutedMoE(eqx.Module):
         - `experts`: an `Experts`, or any other `AbstractExperts`.
         - `dispatch`: how tokens meet experts: `SortedDispatch()`, `DenseDispatch()`, an
             `ExpertParallel`, or any other `AbstractDispatch`.
+        - `latent`: projects tokens for narrower experts, and their sum back (Nemotron-3).
+        - `num_identity_experts`: the last so many experts of the router hand a token on as it is,
+            times its weight (LongCat-Flash). `experts` holds all others.
         - `checks`: raise at run time, by `eqx.error_if`, for a token that has no defined answer:
             an id outside the table of a `HashRouter`, a replayed index of no expert, or a score of
             NaN. Without it, the default and what `jax.export` needs, that token gets NaN and no
@@ -68,12 +76,8 @@ class RoutedMoE(eqx.Module):
 
         **Raises:** `ValueError` or `TypeError` naming the argument, for sizes that differ too.
         """
-        weight: Any = getattr(router.gate, "weight", None)
-        # Half of a partitioned block has no shapes. The last axes: layers may be stacked in front.
-        if isinstance(experts, Experts) and _have_shapes(experts.gate_up, weight):
-            *_, num_experts, _, _, hidden = experts.gate_up.shape
-            sizes, wanted = (num_experts, hidden), weight.shape[-2:]
-            same_sizes("experts", sizes, wanted, "the (experts, hidden) of `router`")
+        num_identity = integer("num_identity_experts", num_identity_experts, 0)
+        _check_sizes(router, experts, latent, num_identity)
         if not isinstance(dispatch, AbstractDispatch):
             raise TypeError(
                 "`dispatch` must be an `AbstractDispatch`, as `SortedDispatch()`. "
@@ -82,6 +86,8 @@ class RoutedMoE(eqx.Module):
         self.router = router
         self.experts = experts
         self.dispatch = dispatch
+        self.latent = latent
+        self.num_identity_experts = num_identity
         self.checks = boolean("checks", checks)
 
     @classmethod
@@ -162,12 +168,21 @@ class RoutedAndSharedMoE(eqx.Module):
 
     routed: RoutedMoE
     shared: FeedForward
+    shared_gate: Float[Array, "1 hidden"] | None
 
-    def __init__(self, routed: RoutedMoE, shared: FeedForward):
+    def __init__(
+        self,
+        routed: RoutedMoE,
+        shared: FeedForward,
+        *,
+        shared_gate: Float[Array, "1 hidden"] | None = None,
+    ):
         """**Arguments:**
 
         - `routed`: a `RoutedMoE`.
         - `shared`: a `FeedForward`, or any module from `(*batch, hidden)` to `(*batch, hidden)`.
+        - `shared_gate`: `(1, hidden)`: each token's shared output is multiplied by the sigmoid of
+            its product with the gate (Qwen2-MoE).
 
         **Raises:** `ValueError` if the hidden sizes differ.
         """
@@ -175,8 +190,12 @@ class RoutedAndSharedMoE(eqx.Module):
         if isinstance(shared, FeedForward) and _have_shapes(shared.gate_up, weight):
             sizes, wanted = shared.gate_up.shape[-1:], weight.shape[-1:]
             same_sizes("shared", sizes, wanted, "the (hidden,) of `routed`")
+        if shared_gate is not None and _have_shapes(shared_gate, weight):
+            sizes, wanted = shared_gate.shape[-2:], (1, weight.shape[-1])
+            same_sizes("shared_gate", sizes, wanted, "(1, the hidden size of `routed`)")
         self.routed = routed
         self.shared = shared
+        self.shared_gate = shared_gate
 
     @classmethod
     def from_config(
@@ -218,7 +237,11 @@ class RoutedAndSharedMoE(eqx.Module):
     ) -> tuple[Float[Array, "*batch hidden"], Routing]:
         """As `RoutedMoE.__call__`, with the shared expert's output added."""
         output, routing = _routed_sum(self.routed, hidden_states, input_ids, mask, routing, key)
-        shared = self.shared(zero_masked(hidden_states, routing.mask))
+        tokens = zero_masked(hidden_states, routing.mask)
+        shared = self.shared(tokens)
+        if self.shared_gate is not None:
+            logits = jnp.matmul(tokens, self.shared_gate.T, preferred_element_type=shared.dtype)
+            shared = shared * jax.nn.sigmoid(logits)
         output = output + zero_masked(shared, routing.mask).astype(output.dtype)
         return output.astype(hidden_states.dtype), routing
 
@@ -243,5 +266,45 @@ def _routed_sum(
         routing = replayed(block.router, hidden_states, mask, routing)
     if block.checks:
         routing = block.dispatch.checked(routing)
-    output, dropped = block.dispatch(block.experts, jnp.asarray(hidden_states), routing)
+    output, dropped = _experts_sum(block, jnp.asarray(hidden_states), routing)
     return output, eqx.tree_at(lambda r: r.dropped, routing, routing.dropped + dropped)
+
+
+def _experts_sum(
+    block: RoutedMoE, hidden_states: Float[Array, "*batch hidden"], routing: Routing
+) -> tuple[Float[Array, "*batch hidden"], Int[Array, ""]]:
+    """The dispatch, inside of a projection, beside the experts that hand a token on as it is."""
+    if block.num_identity_experts:
+        computing, kept = without_identity(routing, block.num_identity_experts)
+    else:
+        computing, kept = routing, None
+    if block.latent is None:
+        output, dropped = block.dispatch(block.experts, hidden_states, computing)
+    else:
+        rows = block.latent.before(zero_masked(hidden_states, routing.mask))
+        output, dropped = block.dispatch(block.experts, rows, computing)
+        output = block.latent.after(output)
+    if kept is not None:
+        handed_on = kept[..., None] * zero_masked(hidden_states, routing.mask)
+        output = output + handed_on.astype(output.dtype)
+    return output, dropped
+
+
+def _check_sizes(
+    router: AbstractRouter,
+    experts: AbstractExperts,
+    latent: LatentProjection | None,
+    num_identity: int,
+) -> None:
+    """Half of a partitioned block has no shapes. Layers may be stacked in front of all axes."""
+    weight: Any = getattr(router.gate, "weight", None)
+    if not _have_shapes(weight):
+        return
+    num_experts, width = weight.shape[-2:]
+    if latent is not None and _have_shapes(latent.down):
+        same_sizes("latent", latent.down.shape[-1:], (width,), "the (hidden,) of `router`")
+        width = latent.down.shape[-2]
+    if isinstance(experts, Experts) and _have_shapes(experts.gate_up):
+        *_, own, _, _, own_width = experts.gate_up.shape
+        wanted = (num_experts - num_identity, width)
+        same_sizes("experts", (own, own_width), wanted, "the (experts, hidden) of `router`")

@@ -128,6 +128,24 @@ def count_nobody(indices: Indices, mask: Mask | None, num_experts: int) -> Int[A
     return jnp.sum(nobody if mask is None else nobody & mask[..., None], dtype=jnp.int32)
 
 
+def without_identity(routing: Routing, num_identity: int) -> tuple[Routing, Float[Array, "*batch"]]:
+    """`routing` over the experts that compute, and each token's weight of those that do not.
+
+    The last `num_identity` experts hand a token on as it is. Their assignments need no row, so they
+    become nobody's."""
+    num_experts = routing.scores.shape[-1] - num_identity
+    identity = (routing.indices >= num_experts) & (routing.indices < num_experts + num_identity)
+    computing = Routing(
+        jnp.minimum(routing.indices, num_experts),
+        jnp.where(identity, 0, routing.weights),
+        routing.scores[..., :num_experts],
+        routing.logits[..., :num_experts],
+        routing.mask,
+        routing.dropped,
+    )
+    return computing, jnp.where(identity, routing.weights, 0).sum(axis=-1)
+
+
 def zero_masked(
     array: Float[Array, "*batch size"], mask: Mask | None
 ) -> Float[Array, "*batch size"]:
