@@ -1,0 +1,145 @@
+"""Tiny random models of transformers: one a family, with every part of its mixture of experts."""
+
+import functools
+import pathlib
+import tempfile
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+HIDDEN, VOCAB = 32, 96
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    # Far above the usual 0.02: the logits of an untrained model hardly vary with it.
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_LATENT_ATTENTION = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_LOCAL = {"intermediate_size": 8, "num_local_experts": 8, "num_experts_per_tok": 3}
+_QWEN = {
+    "intermediate_size": 24,
+    "moe_intermediate_size": 8,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "head_dim": 16,
+}
+_LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "shared_expert_intermediate_size": 12,
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 1,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_DEEPSEEK = {
+    "intermediate_size": 24,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+}
+_GROUPS = {"n_group": 4, "topk_group": 2}
+
+# The model_type of each, and the numbers that differ from the family's own.
+TINY = {
+    "mixtral": _LOCAL,
+    "qwen2_moe": {**_QWEN, "shared_expert_intermediate_size": 12, "mlp_only_layers": [0]},
+    "qwen3_moe": {**_QWEN, "norm_topk_prob": True, "decoder_sparse_step": 2},
+    "qwen3_next": {**_QWEN, **_LINEAR_ATTENTION},
+    "qwen3_5_moe_text": {**_QWEN, **_LINEAR_ATTENTION},
+    "olmoe": {"intermediate_size": 8, "num_experts": 8, "num_experts_per_tok": 3},
+    "gpt_oss": {**_LOCAL, "head_dim": 16, "swiglu_limit": 1.0},
+    "deepseek_v2": {
+        **_DEEPSEEK,
+        **_LATENT_ATTENTION,
+        **_GROUPS,
+        "topk_method": "group_limited_greedy",
+        "n_shared_experts": 2,
+    },
+    "deepseek_v3": {**_DEEPSEEK, **_LATENT_ATTENTION, **_GROUPS},
+    "deepseek_v32": {**_DEEPSEEK, **_LATENT_ATTENTION, **_GROUPS},
+    "glm4_moe": {**_DEEPSEEK, "head_dim": 16},
+    "minimax_m2": {**_LOCAL, "head_dim": 16},
+    "granitemoe": _LOCAL,
+    "granitemoeshared": {**_LOCAL, "shared_intermediate_size": 12},
+    "hunyuan_v1_moe": {"intermediate_size": 8, "num_experts": 8, "moe_topk": 3, "head_dim": 16},
+    "ernie4_5_moe": {
+        "intermediate_size": 24,
+        "moe_intermediate_size": 8,
+        "moe_num_experts": 8,
+        "moe_k": 3,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+    },
+    "dots1": {**_DEEPSEEK, "head_dim": 16},
+    "jamba": {
+        "intermediate_size": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "mamba_d_state": 4,
+        "use_mamba_kernels": False,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+    },
+    "nemotron_h": {
+        **_DEEPSEEK,
+        "head_dim": 16,
+        "moe_shared_expert_intermediate_size": 12,
+        "moe_latent_size": 16,
+        "layers_block_type": ["attention", "moe"],
+    },
+    "longcat_flash": {
+        **_LATENT_ATTENTION,
+        "ffn_hidden_size": 24,
+        "expert_ffn_hidden_size": 8,
+        "n_routed_experts": 8,
+        "zero_expert_num": 4,
+        "moe_topk": 3,
+        "head_dim": 8,
+        "num_layers": 2,
+    },
+}
+
+
+@functools.cache
+def make_model(model_type):
+    """The model in float32, with random biases of selection, and the folder it was saved in."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](**{**_COMMON, **TINY[model_type]})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        for module in mixtures(model).values():
+            for name, tensor in module.state_dict().items():
+                # Large enough for a clamp, and for experts that differ.
+                tensor.normal_(std=0.1 if "correction_bias" in name else 0.4)
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f"{model_type}-"))
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def mixtures(model):
+    """The modules with experts, by the number of their layer."""
+    return {
+        int(next(part for part in name.split(".") if part.isdecimal())): module
+        for name, module in model.named_modules()
+        if any(child == "experts" for child, _ in module.named_children())
+    }
