@@ -2,8 +2,8 @@
 
 import dataclasses
 import enum
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 from jax.core import Tracer
@@ -11,6 +11,8 @@ from jaxtyping import Array, Float
 
 from ._checks import integer, one_line
 from ._config_file import fields_from_hf, read_config
+from ._experts import activations
+from ._matmul import Activation
 from ._scoring import sqrt_softplus
 
 _ScoreFunction = Callable[[Float[Array, "..."]], Float[Array, "..."]]
@@ -20,7 +22,12 @@ _SCORE_FUNCTIONS: dict[str, _ScoreFunction] = {
     "sigmoid": jax.nn.sigmoid,
     "softmax": jax.nn.softmax,
 }
-
+_CLAMPED = {"swiglu": activations.swiglu, "gpt_oss": activations.gpt_oss}
+_ACTIVATIONS: dict[str, Callable[..., Activation]] = {
+    **_CLAMPED,
+    "geglu": activations.geglu,
+    "relu_squared": activations.relu_squared,
+}
 
 # `None` already means "no clamp", so "not given" needs a value of its own.
 _SAME_AS_SWIGLU_LIMIT: Any = enum.Enum("default", "same_as_swiglu_limit")["same_as_swiglu_limit"]
@@ -45,9 +52,19 @@ class MoEConfig:
     - `swiglu_limit`, `shared_swiglu_limit`: clamp the activations of the routed experts and of the
       shared one (by default the same value, fixed at construction); `None` is no clamp.
     - `temperature`: divides the logits (`gate_temp` in DeepSeek-V4.1).
+    - `group_score`: what ranks a group, `"top2"` or `"max"`, as for `TopKRouter`.
+    - `activation`: of all experts: `"swiglu"`, `"geglu"`, `"gpt_oss"` or `"relu_squared"`.
+      `swiglu_limit` clamps the first and the third.
+    - `use_gate_bias`, `use_expert_bias`: trained biases of the gate, and of the experts.
+    - `shared_intermediate_size`: features inside the shared expert; `None` is `intermediate_size`
+      for each of `num_shared_experts`.
+    - `use_shared_gate`: a gate on the shared expert, as for `RoutedAndSharedMoE`.
+    - `latent_size`: features of the routed experts' projection; `None` is no projection.
+    - `num_identity_experts`: experts that hand a token on, beside the `num_experts` that compute.
+    - `dense_layers`: the layers that are no mixtures.
+    - `model_type`: the family, whose names tensors have in files.
 
-    **Source:** the `config.json` of DeepSeek-V3 (arXiv:2412.19437), DeepSeek-V4 (arXiv:2606.19348)
-    and DeepSeek-V4.1.
+    **Source:** the `config.json` of each release, and the class of transformers that reads it.
 
     **Example:**
 
@@ -80,6 +97,16 @@ class MoEConfig:
     swiglu_limit: float | int | None = None
     shared_swiglu_limit: float | int | None = _SAME_AS_SWIGLU_LIMIT
     temperature: float | int = 1.0
+    group_score: Literal["top2", "max"] = "top2"
+    activation: str = "swiglu"
+    use_gate_bias: bool = False
+    use_expert_bias: bool = False
+    shared_intermediate_size: int | None = None
+    use_shared_gate: bool = False
+    latent_size: int | None = None
+    num_identity_experts: int = 0
+    dense_layers: tuple[int, ...] = ()
+    model_type: str = "deepseek_v4"
 
     def __post_init__(self):
         if self.shared_swiglu_limit is _SAME_AS_SWIGLU_LIMIT:
@@ -98,10 +125,21 @@ class MoEConfig:
             >>> [bx.MoEConfig.tiny().is_hash_layer(layer_idx) for layer_idx in range(4)]
             [True, True, False, False]
         """
-        if isinstance(layer_idx, Tracer):
-            raise TypeError(f"`layer_idx` must be static, not traced. Got {layer_idx}.")
         num_hash_layers = integer("num_hash_layers", self.num_hash_layers, 0)
-        return integer("layer_idx", layer_idx, 0) < num_hash_layers
+        return _static(layer_idx) < num_hash_layers
+
+    def is_moe_layer(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx`, from 0, is a mixture of experts: none of `dense_layers`.
+
+        **Raises:** `TypeError` for anything but an integer, `ValueError` below 0.
+
+        **Example:**
+
+            >>> import braidax as bx
+            >>> [bx.MoEConfig.deepseek_v3().is_moe_layer(layer_idx) for layer_idx in range(5)]
+            [False, False, False, True, True]
+        """
+        return _static(layer_idx) not in self.dense_layers
 
     @classmethod
     def from_hf(cls, source: Any) -> "MoEConfig":
@@ -140,7 +178,8 @@ class MoEConfig:
     @classmethod
     def deepseek_v3(cls) -> "MoEConfig":
         """DeepSeek-V3: 256 experts in 8 groups, sigmoid scores, no hash layers, no clamp."""
-        return cls(7168, 2048, 256, 8, 129280, 1, "sigmoid", True, 2.5, 8, 4)
+        v3 = {"dense_layers": (0, 1, 2), "model_type": "deepseek_v3"}
+        return cls(7168, 2048, 256, 8, 129280, 1, "sigmoid", True, 2.5, 8, 4, **v3)
 
     @classmethod
     def deepseek_v4_flash(cls) -> "MoEConfig":
@@ -159,7 +198,8 @@ class MoEConfig:
     @classmethod
     def deepseek_v4_1_flash(cls) -> "MoEConfig":
         """DeepSeek-V4.1-Flash: 384 experts, 6 a token, no hash layers."""
-        return cls(5120, 2304, 384, 6, 129280, scaling_factor=1.5, swiglu_limit=10.0)
+        v4_1 = {"swiglu_limit": 10.0, "model_type": "deepseek_v41"}
+        return cls(5120, 2304, 384, 6, 129280, scaling_factor=1.5, **v4_1)
 
     @classmethod
     def tiny(cls) -> "MoEConfig":
@@ -169,7 +209,22 @@ class MoEConfig:
 
 def score_function(name: str) -> _ScoreFunction:
     """The score function of a released `name`. **Raises:** `ValueError` for an unknown name."""
-    if name not in _SCORE_FUNCTIONS:
-        names = ", ".join(_SCORE_FUNCTIONS)
-        raise ValueError(f"`score_function` must be one of {names}. Got {name!r:.60}.")
-    return _SCORE_FUNCTIONS[name]
+    return _named("score_function", _SCORE_FUNCTIONS, name)
+
+
+def activation(name: str, limit: float | None) -> Activation:
+    """The activation of this `name`. **Raises:** `ValueError` for an unknown name."""
+    make = _named("activation", _ACTIVATIONS, name)
+    return make(limit) if name in _CLAMPED else make()
+
+
+def _named(argument: str, table: Mapping[str, Any], name: str) -> Any:
+    if name not in table:
+        raise ValueError(f"`{argument}` must be one of {', '.join(table)}. Got {name!r:.60}.")
+    return table[name]
+
+
+def _static(layer_idx: int) -> int:
+    if isinstance(layer_idx, Tracer):
+        raise TypeError(f"`layer_idx` must be static, not traced. Got {layer_idx}.")
+    return integer("layer_idx", layer_idx, 0)

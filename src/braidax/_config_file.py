@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._checks import one_line
-from ._families import FAMILIES
+from ._families import Family, family_of
 
 _SIZES = ("hidden_size", "intermediate_size", "num_experts", "num_experts_per_token")
 
@@ -41,20 +41,13 @@ def fields_from_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `MoEConfig` that the keys of a `config.json` stand for."""
     if isinstance(raw.get("text_config"), Mapping):
         raw = {**raw, **raw["text_config"]}
+    family = family_of(raw.get("model_type"))
+    dense_layers = family.dense_layers(raw)
     raw = _with_counted_hash_layers(raw)
-    model_type: Any = raw.get("model_type")
-    # Tuples: what is no string may have no hash.
-    family = next((each for each in FAMILIES if model_type in tuple(each.model_types)), None)
-    if family is None:
-        known = ", ".join(name for each in FAMILIES for name in each.model_types)
-        raise ValueError(f"`model_type` must be one of {known}. Got {model_type!r:.60}.")
-    for key, supported in family.supported.items():
-        if raw.get(key, supported[0]) not in supported:
-            raise ValueError(f"`{key}` must be one of {', '.join(supported)}. Got {raw[key]!r}.")
-    fields = dict(family.model_types[model_type])
+    fields = dict(family.model_types[raw["model_type"]])
     for name, keys in family.keys.items():
         given = {key: raw[key] for key in keys if key in raw}
-        values = [value for value in given.values() if value is not None]
+        values = [_for_every_layer(key, value) for key, value in given.items() if value is not None]
         if any(value != values[0] for value in values[1:]):
             spelled = ", ".join(f"`{key}` = {value!r}" for key, value in given.items())
             raise ValueError(f"conflicting spellings of one value: {spelled}.")
@@ -64,9 +57,34 @@ def fields_from_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
             fields[name] = values[0] if values else family.nulls[name]
         elif name in _SIZES:
             raise ValueError(f"the key {' or '.join(f'`{key}`' for key in keys)} is missing.")
+    fields |= _by_words(raw, family)
     limit = fields.get("swiglu_limit")
     if isinstance(limit, int | float) and limit is not False and limit <= 0:
         fields["swiglu_limit"] = None
+    if fields.get("shared_intermediate_size") == 0:  # Granite's word for none
+        fields |= {"num_shared_experts": 0, "shared_intermediate_size": None}
+    return {**fields, "model_type": raw["model_type"], "dense_layers": dense_layers}
+
+
+def _for_every_layer(key: str, value: Any) -> Any:
+    """A list with one value for all layers, as Hunyuan's, is that value."""
+    if not isinstance(value, list | tuple) or not value:
+        return value
+    if any(other != value[0] for other in value):
+        raise ValueError(f"`{key}` must be the same in every layer. Got {value!r:.60}.")
+    return value[0]
+
+
+def _by_words(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The fields that words stand for."""
+    fields: dict[str, Any] = {}
+    for key, words in family.values.items():
+        word = raw.get(key, next(iter(words)))
+        meanings = [meaning for known, meaning in words.items() if known == word]  # or no hash
+        if not meanings:
+            known = ", ".join(str(word) for word in words if word is not None)
+            raise ValueError(f"`{key}` must be one of {known}. Got {word!r:.60}.")
+        fields |= meanings[0]
     return fields
 
 

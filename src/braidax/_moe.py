@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer, PRNGKeyArray
 
 from ._checks import boolean, integer, same_sizes
 from ._compiled import compiled
-from ._config import MoEConfig
+from ._config import MoEConfig, activation
 from ._dispatch import AbstractDispatch, SortedDispatch
-from ._experts import AbstractExperts, Experts, FeedForward, activations
+from ._experts import AbstractExperts, Experts, FeedForward
 from ._latent import LatentProjection
 from ._replay import replayed
 from ._router import AbstractRouter, router_from_config
@@ -108,18 +108,23 @@ class RoutedMoE(eqx.Module):
         **Raises:** `TypeError` or `ValueError` for a traced or negative `layer_idx`, a `dtype`, and
         numbers of `config` that are out of range.
         """
-        router_key, experts_key = jax.random.split(key)
+        router_key, experts_key, latent_key = jax.random.split(key, 3)
         # The router first: it finds most mistakes, and the experts take gigabytes.
         router = router_from_config(config, layer_idx, dtype=dtype, key=router_key)
+        latent_size, latent = config.latent_size, None
+        if latent_size is not None:
+            latent = LatentProjection(config.hidden_size, latent_size, dtype=dtype, key=latent_key)
         experts = Experts(
             config.num_experts,
-            config.hidden_size,
+            config.hidden_size if latent_size is None else latent_size,
             config.intermediate_size,
-            activation=activations.swiglu(config.swiglu_limit),
+            activation=activation(config.activation, config.swiglu_limit),
+            use_bias=config.use_expert_bias,
             dtype=dtype,
             key=experts_key,
         )
-        return cls(router, experts)
+        identity = config.num_identity_experts
+        return cls(router, experts, latent=latent, num_identity_experts=identity)
 
     @compiled
     def __call__(
@@ -215,15 +220,22 @@ class RoutedAndSharedMoE(eqx.Module):
                 "`config.num_shared_experts` must be at least 1. "
                 f"Got {config.num_shared_experts}: use `RoutedMoE`."
             )
-        routed_key, shared_key = jax.random.split(key)
+        routed_key, shared_key, gate_key = jax.random.split(key, 3)
+        width = config.shared_intermediate_size
         shared = FeedForward(
             config.hidden_size,
-            config.num_shared_experts * config.intermediate_size,
-            activation=activations.swiglu(config.shared_swiglu_limit),
+            config.num_shared_experts * config.intermediate_size if width is None else width,
+            activation=activation(config.activation, config.shared_swiglu_limit),
             dtype=dtype,
             key=shared_key,
         )
-        return cls(RoutedMoE.from_config(config, layer_idx, dtype=dtype, key=routed_key), shared)
+        gate = None
+        if boolean("use_shared_gate", config.use_shared_gate):
+            bound = config.hidden_size**-0.5
+            shape, kind = (1, config.hidden_size), shared.down.dtype
+            gate = jax.random.uniform(gate_key, shape, kind, -bound, bound)
+        routed = RoutedMoE.from_config(config, layer_idx, dtype=dtype, key=routed_key)
+        return cls(routed, shared, shared_gate=gate)
 
     @compiled
     def __call__(

@@ -63,6 +63,12 @@ def error(ours, theirs):
     return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max())
 
 
+def weight_error(ours, theirs):
+    """LongCat's gate and up projections have rows for the experts that do nothing."""
+    assert not theirs[len(ours) :].any()
+    return error(ours, theirs[: len(ours)])
+
+
 @every_family
 def test_every_layer(model_type, record):
     model, folder = make_model(model_type)
@@ -84,7 +90,7 @@ def test_every_layer(model_type, record):
         errors = {
             "output": error(ours, theirs),
             "hidden states": error(hidden_gradient, given.grad),
-            "weights": max(error(named.pop(name), grad) for name, grad in wanted.items()),
+            "weights": max(weight_error(named.pop(name), grad) for name, grad in wanted.items()),
         }
         # A bias of selection has no gradient there, and a gradient of 0 here.
         assert all("correction_bias" in name and not named[name].any() for name in named), set(
@@ -101,9 +107,8 @@ def test_a_state_dict_of_transformers_both_ways(model_type):
     config = bx.MoEConfig.from_hf(folder)
     for layer_idx in mixtures(model):
         theirs = {k: v.numpy() for k, v in reference(model, layer_idx).state_dict().items()}
-        ours = bx.to_state_dict(
-            bx.from_state_dict(config, layer_idx, theirs), model_type=model_type
-        )
+        block = bx.from_state_dict(config, layer_idx, theirs)
+        ours = bx.to_state_dict(block, model_type=model_type)
         assert set(ours) == set(theirs)
         for name, tensor in ours.items():
             np.testing.assert_array_equal(tensor, theirs[name][: len(tensor)], err_msg=name)

@@ -1,13 +1,12 @@
 """`Checkpoint`: the layers of a released or saved model, and what its files hold."""
 
-import functools
 import operator
 import os
 
 from jaxtyping import DTypeLike
 
 from .._config import MoEConfig
-from .._families import DEEPSEEK
+from .._families import Family, family_of
 from .._families.family import Layers
 from .._moe import RoutedAndSharedMoE, RoutedMoE
 from .counting import count_checkpoint
@@ -20,12 +19,13 @@ from .summary import CheckpointSummary
 class Checkpoint:
     """The files of a model: a folder, an index (`*.safetensors.index.json`) or one file.
 
-    DeepSeek-V3, V4 and V4.1 are read in the spellings of their releases and of transformers. The
-    experts may be stored one by one or stacked, in floating point, FP8 or packed FP4. The dtype
-    and geometry of a tensor say what it is, never the configuration.
+    Every family of the table in the guide is read, in the spellings of its releases and of
+    transformers. The experts may be stored one by one or stacked, in floating point, FP8 or packed
+    FP4. The configuration says which family it is. The dtype and geometry of a tensor say how it
+    is stored.
 
-    **Source:** the `model.safetensors` and `inference/model.py` of each release; transformers'
-    `models/deepseek_v4`.
+    **Source:** the `model.safetensors` of each release; transformers' modules and
+    `conversion_mapping.py`.
 
     **Example:** `save_moe` writes such a file.
 
@@ -51,16 +51,20 @@ class Checkpoint:
         """
         self._path = path
         self._tensors = StoredTensors(path)
+        self._found: dict[str, Layers] = {}
 
-    @functools.cached_property
-    def _layers(self) -> Layers:
-        return DEEPSEEK.layers_of(self._tensors.files)
+    def _layers(self, family: Family) -> Layers:
+        model_type = next(iter(family.model_types))
+        if model_type not in self._found:
+            self._found[model_type] = family.layers_of(self._tensors.files)
+        return self._found[model_type]
 
     def _layer(self, layer_idx: int, config: MoEConfig | None) -> tuple[NamedLayer, MoEConfig, int]:
         if config is None:
             config = MoEConfig.from_hf(self._tensors.folder)
-        layer_idx = operator.index(layer_idx)
-        return find_layer(self._tensors, DEEPSEEK, self._layers, layer_idx), config, layer_idx
+        layer_idx, family = operator.index(layer_idx), family_of(config.model_type)
+        layer = find_layer(self._tensors, family, self._layers(family), layer_idx)
+        return layer, config, layer_idx
 
     def moe(
         self,
@@ -100,7 +104,7 @@ class Checkpoint:
         **Raises:** `ValueError` naming file and tensor for files that are damaged or absent, and
         for a layer that does not exist. `TypeError` for a `layer_idx` that is no integer.
         """
-        return count_checkpoint(self._path, self._tensors, DEEPSEEK, layer_idx)
+        return count_checkpoint(self._path, self._tensors, layer_idx)
 
 
 def load_moe(

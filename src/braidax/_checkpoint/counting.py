@@ -12,7 +12,7 @@ import numpy as np
 
 from .._checks import positive_integer
 from .._config import MoEConfig
-from .._families import Family
+from .._families import FAMILIES, Family, family_of
 from .index import StoredTensors
 from .layer import read_table
 from .safetensors_reader import StoredTensor
@@ -30,25 +30,25 @@ class _Count(NamedTuple):
 
 
 def count_checkpoint(
-    path: str | os.PathLike[str], tensors: StoredTensors, family: Family, layer_idx: int | None
+    path: str | os.PathLike[str], tensors: StoredTensors, layer_idx: int | None
 ) -> CheckpointSummary:
     """The summary of `tensors`, which lie at `path`: see `Checkpoint.summary`."""
-    names = list(tensors.files)
+    names, per_token, note = list(tensors.files), None, None
+    family = _recognized(names)
+    try:
+        config = MoEConfig.from_hf(tensors.folder)
+        family = family_of(config.model_type)
+        per_token = positive_integer("num_experts_per_token", config.num_experts_per_token)
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        note = f"experts per token only known for hash layers: {error}"
     if layer_idx is not None:
         what = f"{family.layers}.{layer_idx}"
-        starts = tuple(f"{prefix}{what}." for prefix in family.prefixes)
-        names = [name for name in names if name.startswith(starts)]
+        names = [name for name in names if f".{what}." in f".{name}"]
         if not names:
             found = f"{len(tensors.files)} other tensors"
             raise tensors.mistake(what, "be in the checkpoint", found)
     stored = {name: tensors[name] for name in names}
     counts = _counts(stored, family)
-    per_token, note = None, None
-    try:
-        per_token = MoEConfig.from_hf(tensors.folder).num_experts_per_token
-        per_token = positive_integer("num_experts_per_token", per_token)
-    except (FileNotFoundError, TypeError, ValueError) as error:
-        note = f"experts per token only known for hash layers: {error}"
     layers, unknown = [], {name for name in names if _MIXTURE.search(name)}
     prediction = f"{family.prediction_layers}."
     active: int | None = sum(n.parameters for name, n in counts.items() if prediction not in name)
@@ -80,6 +80,17 @@ def count_checkpoint(
         layers=tuple(layers),
         note=note,
     )
+
+
+def _recognized(names: list[str]) -> Family:
+    """The family that knows most of these names; the first of equals."""
+
+    def known(family: Family) -> int:
+        layers = family.layers_of(names).values()
+        rests = (rest for prefixes in layers for rests in prefixes.values() for rest in rests)
+        return sum(family.meaning(rest) is not None for rest in rests)
+
+    return max(FAMILIES, key=known)
 
 
 def _counts(stored: Mapping[str, StoredTensor], family: Family) -> dict[str, _Count]:

@@ -1,5 +1,6 @@
 """The tensors of one layer: which they are, and that the configuration asks for them."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -7,10 +8,13 @@ import numpy as np
 from .. import hash_tables
 from .._config import MoEConfig
 from .._families import Family
-from .._families.family import Layers
+from .._families.family import STACKED_EXPERTS, Layers
 from .index import StoredTensors
 from .safetensors_reader import StoredTensor, mistake
 from .stored_matrix import FLOATS
+
+# The matrices of one network that an array is made of.
+MATRIX_PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
 
 
 class NamedLayer(NamedTuple):
@@ -32,31 +36,46 @@ def find_layer(
         found = f"the layers {min(numbers)} to {max(numbers)}" if numbers else "no layer at all"
         must = f"be in the checkpoint, with an {' or '.join(family.blocks)}"
         raise tensors.mistake(what, must, found)
-    (prefix, names), *others = prefixes.items()
-    if others:
-        path, found = tensors.files[prefix + names[0]], " and ".join(sorted(prefixes))
-        raise mistake(path, what, "have one prefix", found)
-    return NamedLayer(tensors, family, prefix, names)
+    mixtures = [prefix for prefix, names in prefixes.items() if _has_gate(family, names)]
+    if len(mixtures) > 1:
+        path = tensors.files[mixtures[0] + prefixes[mixtures[0]][0]]
+        raise mistake(path, what, "have one prefix", " and ".join(sorted(mixtures)))
+    prefix = mixtures[0] if mixtures else next(iter(prefixes))
+    if not mixtures:
+        others = [
+            number
+            for (word, number), named in layers.items()
+            if word == family.layers and any(_has_gate(family, names) for names in named.values())
+        ]
+        rest = ", ".join(sorted(prefixes[prefix])[:4])
+        found = f"a dense layer: {rest}; mixtures are the layers {sorted(others)}"
+        path = tensors.files[prefix + prefixes[prefix][0]]
+        must = "be there, in a layer of experts"
+        raise mistake(path, prefix + family.released("gate.weight"), must, found)
+    return NamedLayer(tensors, family, prefix, prefixes[prefix])
+
+
+def _has_gate(family: Family, names: list[str]) -> bool:
+    return any(family.meaning(name) == ("gate.weight", "weight") for name in names)
 
 
 def known_tensors(
-    layer: NamedLayer, config: MoEConfig, layer_idx: int
+    layer: NamedLayer, config: MoEConfig, layer_idx: int, wanted: Iterable[str]
 ) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, str]]:
     """The `"weight"` of each of `Family.spellings`, with its `"scale"`, if it has one.
 
     The second answer says why the layer does not compute with a tensor.
 
-    **Raises:** `ValueError` naming file and tensor, unless the layer has every tensor that the
-    configuration asks for, in one spelling, and no other.
+    **Raises:** `ValueError` naming file and tensor, unless the layer has every tensor of the
+    arrays `wanted`, in one spelling, and no other.
     """
     tensors, family, prefix, names = layer
     meanings = {name: family.meaning(name) for name in names if name not in family.ignored}
     ignored = {prefix + name: why for name, why in family.ignored.items() if name in names}
-    if ("gate.weight", "weight") not in meanings.values():
-        found = f"a dense layer: {', '.join(sorted(names)[:4])}" if names else "nothing"
+    if not _has_gate(family, list(meanings)):
         gate = prefix + family.released("gate.weight")
-        path = tensors.files[prefix + names[0]] if names else tensors.source
-        raise mistake(path, gate, "be there, in a layer of experts", found)
+        found = ", ".join(sorted(names)[:4]) or "nothing"
+        raise tensors.mistake(gate, "be there, in a layer of experts", found)
     known: dict[str, dict[str, StoredTensor]] = {}
     for rest, meaning in meanings.items():
         tensor = tensors[prefix + rest]
@@ -70,39 +89,55 @@ def known_tensors(
             raise parts["scale"].mistake("scale a weight that is there", "no such weight")
     if config.is_hash_layer(layer_idx) and {"table", "selection_bias"} <= known.keys():
         ignored[known.pop("selection_bias")["weight"].name] = "the hash table selects alone"
-    _check_presence(layer, known, config, layer_idx)
+    for number in range(config.num_experts, config.num_experts + config.num_identity_experts):
+        for part in ("gate", "up", "down"):
+            known.pop(f"experts.{number}.{part}", None)  # transformers writes them, for nobody
+    _check_presence(layer, known, config, wanted)
     return known, ignored
+
+
+_FIELDS = {
+    "experts": "num_experts",
+    "shared": "num_shared_experts",
+    "shared_gate": "use_shared_gate",
+    "latent": "latent_size",
+    "gate": "use_gate_bias",
+}
 
 
 def _check_presence(
     layer: NamedLayer,
     known: dict[str, dict[str, StoredTensor]],
     config: MoEConfig,
-    layer_idx: int,
+    arrays: Iterable[str],
 ) -> None:
-    gate = known["gate.weight"]["weight"]
-    check_shape(gate, (config.num_experts, config.hidden_size))
-    stacked = {"experts.gate_up", "experts.down"}
-    is_stacked = not stacked.isdisjoint(known)
-    experts = range(config.num_experts)
-    wanted = {"gate.weight", "table" if config.is_hash_layer(layer_idx) else "selection_bias"}
-    wanted |= (
-        stacked
-        if is_stacked
-        else {f"experts.{i}.{matrix}" for i in experts for matrix in ("gate", "up", "down")}
-    )
-    if config.num_shared_experts:
-        wanted |= {"shared.gate", "shared.up", "shared.down"}
-    fields = {"experts": "num_experts", "shared": "num_shared_experts"}
+    gate, family = known["gate.weight"]["weight"], layer.family
+    is_stacked = not STACKED_EXPERTS.keys().isdisjoint(known)
+    is_stacked |= not family.has("experts.{}.down")
+    wanted = {part for name in arrays for part in _tensors_of(family, name, config, is_stacked)}
     for key in sorted(known.keys() ^ wanted):
-        field = fields.get(key.split(".")[0], "num_hash_layers")
+        field = _FIELDS.get(key.split(".")[0], "num_hash_layers")
         why = f"as the configuration has {field}={getattr(config, field)}"
         if key in known:
-            why = "beside stacked experts" if is_stacked and field == "num_experts" else why
-            raise known[key]["weight"].mistake(f"not be there, {why}", "it")
-        missing = gate._replace(name=layer.prefix + layer.family.released(key))
+            beside = is_stacked and key not in STACKED_EXPERTS and field == "num_experts"
+            raise known[key]["weight"].mistake(
+                f"not be there, {'beside stacked experts' if beside else why}", "it"
+            )
+        missing = gate._replace(name=layer.prefix + family.released(key))
         must = f"be there, in one of its spellings, {why}"
         raise missing.mistake(must, f"{len(known)} other tensors")
+
+
+def _tensors_of(family: Family, name: str, config: MoEConfig, is_stacked: bool) -> list[str]:
+    """The tensors that an array of the block is made of."""
+    owner, _, kind = name.partition(".")
+    parts = [part for part in MATRIX_PARTS.get(kind, ()) if family.has(f"{owner}.{part}")]
+    if owner == "shared" and parts and not family.has(name):
+        return [f"shared.{part}" for part in parts]
+    if name not in STACKED_EXPERTS or is_stacked:
+        return [name]
+    parts = [part for part in MATRIX_PARTS[kind] if family.has(f"experts.{{}}.{part}")]
+    return [f"experts.{i}.{part}" for i in range(config.num_experts) for part in parts]
 
 
 def read_floats(tensor: StoredTensor, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

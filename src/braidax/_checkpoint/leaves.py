@@ -1,7 +1,8 @@
 """The arrays of a block by the library's own names, and the tensors that files make of them.
 
-The names of arrays are `gate.weight`, `selection_bias` or `table`, `experts.gate_up`,
-`experts.down`, `shared.gate_up` and `shared.down`; those of tensors are in `Family.spellings`.
+The names of arrays are `gate.weight`, `gate.bias`, `selection_bias` or `table`, `experts.gate_up`,
+`experts.down` and their biases, `latent.down`, `latent.up`, `shared.gate_up`, `shared.down` and
+`shared_gate`; those of tensors are in `Family.spellings`.
 """
 
 import dataclasses
@@ -17,25 +18,27 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from .._checks import one_line
-from .._config import MoEConfig
+from .._config import MoEConfig, activation
 from .._experts import Experts, FeedForward
-from .._experts.activations import swiglu
+from .._families import Family
 from .._moe import RoutedAndSharedMoE, RoutedMoE
 from .._router import AbstractRouter, HashRouter, TopKRouter
 
 Block = RoutedMoE | RoutedAndSharedMoE
-# The matrices of one network that an array is made of, one after the other.
-MATRICES = {"gate_up": ("gate", "up"), "down": ("down",)}
 _ROUTERS: dict[type[AbstractRouter], tuple[str, str]] = {
     HashRouter: ("table", "router.table"),
     TopKRouter: ("selection_bias", "router.score_correction_bias"),
 }
+_EXPERTS = ("experts.gate_up", "experts.down", "experts.gate_up_bias", "experts.down_bias")
+_TITLES = {"swiglu": "SwiGLU"}
+MATRICES = ("experts.gate_up", "experts.down", "shared.gate_up", "shared.down")
 
 
-def leaves(moe: Block) -> dict[str, Callable[[Block], Any]]:
-    """How to get at each array of `moe`.
+def leaves(moe: Block, family: Family) -> dict[str, Callable[[Block], Any]]:
+    """How to get at each array of `moe`, by those names that are not `None` in every layer of a
+    family.
 
-    **Raises:** `TypeError` unless `moe` is made of the parts that released names exist for."""
+    **Raises:** `TypeError` unless `moe` is made of the parts that the family has names for."""
     if not isinstance(moe, Block):
         raise TypeError(
             f"`moe` must be a `RoutedMoE` or `RoutedAndSharedMoE`. Got {type(moe).__name__}."
@@ -43,16 +46,26 @@ def leaves(moe: Block) -> dict[str, Callable[[Block], Any]]:
     routed, root = (moe, "") if isinstance(moe, RoutedMoE) else (moe.routed, "routed.")
     router = routed.router
     _require(type(router) in _ROUTERS, f"{root}router", "a `HashRouter` or `TopKRouter`", router)
-    _require(router.gate.bias is None, f"{root}router.gate", "without a bias", router.gate)
-    _require_swiglu(f"{root}experts", routed.experts, Experts)
+    _require_network(f"{root}experts", routed.experts, Experts, family)
     own, path = _ROUTERS[type(router)]
-    paths = {"gate.weight": "router.gate.weight", own: path}
-    paths |= {name: name for name in ("experts.gate_up", "experts.down")}
+    paths = {"gate.weight": "router.gate.weight", "gate.bias": "router.gate.bias", own: path}
+    paths |= {name: name for name in _EXPERTS}
+    if routed.latent is not None:
+        paths |= {name: name for name in ("latent.down", "latent.up")}
     paths = {name: root + path for name, path in paths.items()}
     if not isinstance(moe, RoutedMoE):
-        _require_swiglu("shared", moe.shared, FeedForward)
-        paths |= {name: name for name in ("shared.gate_up", "shared.down")}
-    return {name: attrgetter(path) for name, path in paths.items()}
+        _require_network("shared", moe.shared, FeedForward, family)
+        paths |= {name: name for name in ("shared.gate_up", "shared.down", "shared_gate")}
+    found = {name: attrgetter(path) for name, path in paths.items()}
+    for name, where in list(found.items()):
+        if not _has_name(family, name):
+            array = where(moe)
+            # A selection bias of zeros selects as none does.
+            is_nothing = array is None or (name == own and _is_zero(array))
+            path = paths[name]
+            _require(is_nothing, path, f"None in a {next(iter(family.model_types))}", array)
+            del found[name]
+    return found
 
 
 def skeleton(config: MoEConfig, layer_idx: int, dtype: DTypeLike | None) -> Block:
@@ -62,27 +75,69 @@ def skeleton(config: MoEConfig, layer_idx: int, dtype: DTypeLike | None) -> Bloc
     block = RoutedAndSharedMoE if config.num_shared_experts else RoutedMoE
     build = partial(block.from_config, small, layer_idx, dtype=dtype)
     moe = eqx.filter_eval_shape(build, key=jax.random.key(0))
-    if not config.is_hash_layer(layer_idx):
-        return moe
-    shape = (config.vocab_size, config.num_experts_per_token)
-    return eqx.tree_at(leaves(moe)["table"], moe, jax.ShapeDtypeStruct(shape, jnp.int32))
+    router: Any = _routed(moe).router
+    own = attrgetter(_ROUTERS[type(router)][1].removeprefix("router."))
+    if isinstance(router, HashRouter):
+        shape = (config.vocab_size, config.num_experts_per_token)
+        array: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
+    else:  # zeros, which stay in families that have no such bias
+        array = jnp.zeros(own(router).shape, own(router).dtype)
+    return eqx.tree_at(lambda moe: own(_routed(moe).router), moe, array)
 
 
-def to_tensors(name: str, array: Any) -> dict[str, Any]:
-    """The tensors of the array called `name`, as views: stacked experts, one shared expert."""
-    if name == "shared.gate_up":
-        return {"shared.gate": array[..., 0, :, :], "shared.up": array[..., 1, :, :]}
-    if name == "experts.gate_up":
-        return {name: array.reshape(*array.shape[:-3], -1, array.shape[-1])}
+def to_tensors(family: Family, name: str, array: Any) -> dict[str, Any]:
+    """The tensors of the array called `name`, as views where they can be."""
     if name == "table":
         return {name: array.astype(np.int64)}
-    return {name: np.swapaxes(array, -1, -2) if name.endswith("down") else array}
+    if name == "selection_bias":
+        return {name: array[..., None, :] if family.selection_bias_rows else array}
+    if name == "shared.gate_up" and not family.has(name):
+        return {f"shared.{part}": array[..., i, :, :] for i, part in enumerate(parts_of(array))}
+    in_turns = family.interleaved and name.startswith("experts.")
+    if name.endswith("gate_up_bias"):
+        array = np.swapaxes(array, -1, -2) if in_turns else array
+        return {name: array.reshape(*array.shape[:-2], -1)}
+    if name.endswith("gate_up"):
+        array = np.swapaxes(array, -2, -3) if in_turns else array
+        array = array.reshape(*array.shape[:-3], -1, array.shape[-1])
+    elif name in MATRICES:
+        array = np.swapaxes(array, -1, -2)
+    if family.stored_transposed and name in MATRICES:
+        array = np.swapaxes(array, -1, -2)
+    return {name: array}
 
 
-def _require_swiglu(name: str, network: Any, kind: type) -> None:
-    has_names = type(network) is kind and isinstance(network.activation, type(swiglu()))
-    has_names = has_names and network.gate_up_bias is None and network.down_bias is None
-    _require(has_names, name, f"`{kind.__name__}` of SwiGLU without biases", network)
+def from_rows(family: Family, name: str, array: Any, shape: tuple[int, ...]) -> Any:
+    """The array of `shape` whose gate and up rows lie behind each other, or take turns."""
+    if not (family.interleaved and name.startswith("experts.gate_up")):
+        return array.reshape(shape)
+    experts, parts, size, *rest = shape
+    return np.swapaxes(array.reshape(experts, size, parts, *rest), 1, 2)
+
+
+def parts_of(gate_up: Any) -> tuple[str, ...]:
+    """The words for the parts of such an array, the axis before its matrices."""
+    return ("gate", "up")[-gate_up.shape[-3] :]
+
+
+def _routed(moe: Block) -> RoutedMoE:
+    return moe.routed if isinstance(moe, RoutedAndSharedMoE) else moe
+
+
+def _has_name(family: Family, name: str) -> bool:
+    return family.has(name) or (name == "shared.gate_up" and family.has("shared.up"))
+
+
+def _is_zero(array: Any) -> bool:
+    return not isinstance(array, jax.Array | np.ndarray) or not np.asarray(array).any()
+
+
+def _require_network(name: str, network: Any, kind: type, family: Family) -> None:
+    fields = next(iter(family.model_types.values()))
+    word = fields.get("activation", "swiglu")
+    wanted = type(activation(word, 1.0))
+    has_names = type(network) is kind and isinstance(network.activation, wanted)
+    _require(has_names, name, f"`{kind.__name__}` of {_TITLES.get(word, word)}", network)
 
 
 def _require(condition: bool, name: str, must_be: str, found: object) -> None:

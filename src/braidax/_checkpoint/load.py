@@ -12,11 +12,19 @@ from jaxtyping import DTypeLike, Float
 from .._checks import floating_dtype
 from .._config import MoEConfig
 from .._experts.packed import PackedMatrices
+from .._families import Family
 from .dtypes import DTYPES, FLOAT4
-from .layer import NamedLayer, check_shape, known_tensors, read_floats, read_table
-from .leaves import MATRICES, Block, leaves, skeleton
+from .layer import (
+    MATRIX_PARTS,
+    NamedLayer,
+    check_shape,
+    known_tensors,
+    read_floats,
+    read_table,
+)
+from .leaves import MATRICES, Block, from_rows, leaves, parts_of, skeleton, to_tensors
 from .safetensors_reader import StoredTensor
-from .stored_matrix import StoredMatrix, stored_matrix
+from .stored_matrix import FLOATS, StoredMatrix, stored_matrix
 
 PACKED = "packed"
 
@@ -31,59 +39,86 @@ def build_moe(
     is_packed = isinstance(dtype, str) and dtype == PACKED
     dtype = floating_dtype("dtype", jnp.float32 if is_packed else dtype)
     moe = skeleton(config, layer_idx, dtype)
-    known, ignored = known_tensors(layer, config, layer_idx)
+    family = layer.family
+    wheres = leaves(moe, family)
+    wheres = {name: where for name, where in wheres.items() if where(moe) is not None}
+    known, ignored = known_tensors(layer, config, layer_idx, wheres)
     for name, why in ignored.items():
         warnings.warn(f"`{name}` is ignored: {why}.", stacklevel=3)
-    wheres = leaves(moe)
-    # All stacks are found before one is read: a wrong shape is an error at once.
+    # The router's arrays say most mistakes, and all stacks are found before one is read.
+    check_shape(known["gate.weight"]["weight"], wheres["gate.weight"](moe).shape)
     stacks = {
-        name: _find_stack(known, name, where(moe).shape)
+        name: _find_stack(known, family, name, where(moe).shape, config.num_identity_experts)
         for name, where in wheres.items()
-        if name.startswith(("experts.", "shared."))
+        if name in MATRICES
     }
     for name, where in wheres.items():
         like = where(moe)
         if name not in stacks:
-            array = _read_router(known[name]["weight"], name, like, config)
+            array = _read_array(known[name]["weight"], family, name, like, config)
             # A copy: JAX may share memory, which the owner of a file or of an array may change.
             array = jnp.array(array, copy=True)
         elif is_packed and name.startswith("experts."):
-            parts = 2 if name == "experts.gate_up" else None
-            array = _packed_stack(stacks[name], parts=parts, transposed=parts is None)
+            parts = len(parts_of(like)) if name == "experts.gate_up" else None
+            in_turns = family.interleaved and parts is not None
+            array = _packed_stack(
+                stacks[name][0], parts=parts, transposed=parts is None, in_turns=in_turns
+            )
         else:
-            array = _decoded_stack(stacks[name], like.dtype, transposed=name.endswith("down"))
-            array = jax.device_put(array.reshape(like.shape))
+            stack, is_transposed = stacks[name]
+            transposed = name.endswith("down") != is_transposed
+            array = _decoded_stack(stack, like.dtype, transposed=transposed)
+            array = jax.device_put(from_rows(family, name, array, like.shape))
         moe = eqx.tree_at(where, moe, array)
     return moe
 
 
 def _find_stack(
-    known: dict[str, dict[str, StoredTensor]], name: str, shape: tuple[int, ...]
-) -> _Stack:
-    """The stored matrices of a block's array, which is called `name` and has `shape`."""
+    known: dict[str, dict[str, StoredTensor]],
+    family: Family,
+    name: str,
+    shape: tuple[int, ...],
+    num_identity: int,
+) -> tuple[_Stack, bool]:
+    """The stored matrices of a block's array, which is called `name` and has `shape`; and whether
+    they are stored as (size_in, size_out). A stack may have unused matrices for `num_identity`
+    experts at its end."""
 
     def found(key: str, size: tuple[int, ...]) -> StoredMatrix:
         return stored_matrix(known[key]["weight"], known[key].get("scale"), size)
 
     owner, kind = name.split(".")
-    *_, rows, columns = shape
+    *lead, rows, columns = shape
     size = (rows, columns) if kind == "gate_up" else (columns, rows)
-    if owner == "experts" and name in known:
-        matrix = found(name, (shape[0], len(MATRICES[kind]) * size[0], size[1]))
-        one = matrix._replace(shape=matrix.shape[1:])
-        return [[one._replace(index=index)] for index in range(shape[0])]
-    owners = ["shared"] if owner == "shared" else [f"experts.{i}" for i in range(shape[0])]
-    return [[found(f"{owner}.{matrix}", size) for matrix in MATRICES[kind]] for owner in owners]
+    parts = MATRIX_PARTS[kind][-lead[-1] :] if kind == "gate_up" else MATRIX_PARTS[kind]
+    if name not in known:
+        owners = ["shared"] if owner == "shared" else [f"experts.{i}" for i in range(shape[0])]
+        return [[found(f"{owner}.{part}", size) for part in parts] for owner in owners], False
+    size = (len(parts) * size[0], size[1])
+    if owner == "shared":
+        return [[found(name, size)]], False
+    weight = known[name]["weight"]
+    transposed = family.stored_transposed and weight.dtype in FLOATS
+    unused = num_identity if weight.shape[:1] == (shape[0] + num_identity,) else 0
+    matrix = found(name, (shape[0] + unused, *(size[::-1] if transposed else size)))
+    one = matrix._replace(shape=matrix.shape[1:])
+    return [[one._replace(index=index)] for index in range(shape[0])], transposed
 
 
-def _read_router(
-    tensor: StoredTensor, key: str, like: jax.ShapeDtypeStruct, config: MoEConfig
+def _read_array(
+    tensor: StoredTensor,
+    family: Family,
+    name: str,
+    like: jax.ShapeDtypeStruct | jax.Array,
+    config: MoEConfig,
 ) -> np.ndarray:
-    if key == "table":
+    """An array that is no stack of matrices."""
+    if name == "table":
         check_shape(tensor, like.shape)
         return read_table(tensor, config.num_experts)
-    array = read_floats(tensor, like.shape, like.dtype)
-    if key == "selection_bias" and not np.isfinite(array).all():
+    (stored,) = to_tensors(family, name, np.broadcast_to(np.int8(0), like.shape)).values()
+    array = from_rows(family, name, read_floats(tensor, stored.shape, like.dtype), like.shape)
+    if name == "selection_bias" and not np.isfinite(array).all():
         raise tensor.mistake("be finite", "NaN or infinity")
     return array
 
@@ -105,9 +140,12 @@ def _decoded_stack(
     return array
 
 
-def _packed_stack(stack: _Stack, *, parts: int | None, transposed: bool) -> PackedMatrices:
+def _packed_stack(
+    stack: _Stack, *, parts: int | None, transposed: bool, in_turns: bool
+) -> PackedMatrices:
     """The matrices, all of one kind, as they are stored: bytes copied, nothing decoded. `parts`,
-    which may not share a scale, and `transposed` are those of `PackedMatrices`."""
+    which may not share a scale, and `transposed` are those of `PackedMatrices`. Rows of the parts
+    that take turns, `in_turns`, are put behind each other."""
     first = stack[0][0]
     if first.format == "float" or first.block is None:
         raise first.weight.mistake(
@@ -119,7 +157,9 @@ def _packed_stack(stack: _Stack, *, parts: int | None, transposed: bool) -> Pack
             raise matrix.weight.mistake(must, _kind(matrix))
     rows = sum(part.shape[0] for part in stack[0])
     size = rows // (parts or 1)
-    if len(stack[0]) < (parts or 1) and size % first.block[0]:
+    if len(stack[0]) < (parts or 1) and (
+        size % first.block[0] or (in_turns and first.block[0] > 1)
+    ):
         must = f"have blocks of {first.block[0]} rows that gate and up do not share"
         raise first.weight.mistake(must, f"an intermediate size of {size}")
     payload, scale = (
@@ -131,6 +171,9 @@ def _packed_stack(stack: _Stack, *, parts: int | None, transposed: bool) -> Pack
             for array, own in zip(matrix, _packed(part), strict=True):
                 array[start : start + len(own)] = own
             start += part.shape[0]
+    if in_turns:
+        order = np.arange(rows).reshape(size, -1).T.reshape(-1)
+        payload, scale = payload[:, order], scale[:, order]
     number = FLOAT4 if first.format == "fp4" else DTYPES[first.format]
     arrays = (jax.device_put(payload), jax.device_put(scale))
     return PackedMatrices(*arrays, number.name, first.block, parts, transposed)

@@ -9,10 +9,12 @@ import numpy as np
 
 from .._checks import integer
 from .._experts.packed import PackedMatrices
-from .._families import DEEPSEEK
+from .._families import Family, family_of
+from .._families.family import STACKED_EXPERTS
 from .._moe import RoutedAndSharedMoE, RoutedMoE
 from .dtypes import FLOAT4, SCALE
-from .leaves import MATRICES, leaves, to_tensors
+from .layer import MATRIX_PARTS
+from .leaves import leaves, to_tensors
 from .quantization import FP4_GROUP, FP8_BLOCK, encode_fp4, encode_fp8
 from .safetensors_writer import Lazy, write_safetensors
 from .stored_matrix import grid
@@ -26,8 +28,9 @@ def save_moe(
     layer_idx: int,
     *,
     quantization: str | None = None,
+    model_type: str = "deepseek_v4",
 ) -> None:
-    """Write a layer to a `.safetensors` file, in the names of DeepSeek-V4's releases.
+    """Write a layer to a `.safetensors` file, in the names of a family's releases.
 
     `load_moe` gives the same block back, bit for bit if nothing is quantized here. So does
     transformers, if the file is a shard of a model whose sizes are whole blocks. Floating-point
@@ -41,7 +44,8 @@ def save_moe(
     - `layer_idx`: from 0; part of the names.
     - `quantization`: `None`, `"fp4"` or `"fp8"`. `"fp4"` stores the experts as DeepSeek-V4 does,
         FP4 in groups of 32, and the shared expert FP8 in 128x128. `"fp8"` stores both as FP8. The
-        router is never quantized.
+        router is never quantized. Families that store their experts as one stack have `None`.
+    - `model_type`: of the family.
 
     **Raises:** `TypeError` for another kind of layer. `ValueError` for a file name that does not
     end in `.safetensors`, stacked layers, or numbers that a quantization cannot hold.
@@ -63,7 +67,19 @@ def save_moe(
         raise ValueError(f"`path` must end in .safetensors. Got {os.fspath(path)!r}.")
     if quantization not in _QUANTIZATIONS:
         raise ValueError(f"`quantization` must be one of {_QUANTIZATIONS}. Got {quantization!r}.")
-    arrays = {name: where(moe) for name, where in leaves(moe).items()}
+    family = family_of(model_type)
+    separate = family.has("experts.{}.down")
+    if quantization is not None and not separate:
+        raise ValueError(
+            f"`quantization` must be None for the stacked experts of {model_type}. "
+            f"Got {quantization!r}."
+        )
+    arrays = {name: where(moe) for name, where in leaves(moe, family).items()}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    if not separate and isinstance(arrays["experts.down"], PackedMatrices):
+        raise ValueError(
+            f"`moe` must not be packed, to be written as {model_type}. Got packed experts."
+        )
     if quantization is not None and isinstance(arrays["experts.down"], PackedMatrices):
         raise ValueError(
             "`quantization` must be None for packed experts, which are quantized already. "
@@ -76,46 +92,49 @@ def save_moe(
             "`moe` must be one layer, with a router of (experts, hidden). "
             f"Got {arrays['gate.weight'].shape}."
         )
-    prefix = f"{DEEPSEEK.prefixes[0]}{DEEPSEEK.layers}.{layer_idx}.{DEEPSEEK.blocks[0]}."
+    prefix = family.released_prefix(layer_idx)
     tensors: dict[str, np.ndarray | Lazy] = {}
     for name, array in arrays.items():
         owner = name.split(".")[0]
         encoding = {"experts": quantization, "shared": quantization and "fp8"}.get(owner)
-        for key, matrix, scale in _one_by_one(name, array):
-            spelled = prefix + DEEPSEEK.released(key)
+        for key, matrix, scale in _one_by_one(family, name, array):
+            spelled = prefix + family.released(key)
             stem = spelled.removesuffix(".weight")
             if scale is None and encoding is not None:
                 matrix, scale = _encoded(stem, matrix, encoding)
             tensors[spelled] = matrix
             if scale is not None:
-                tensors[stem + DEEPSEEK.scale_endings[0]] = scale
+                tensors[stem + family.scale_endings[0]] = scale
     write_safetensors(path, tensors)
 
 
-def _one_by_one(name: str, array: Any) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+def _one_by_one(
+    family: Family, name: str, array: Any
+) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
     """The tensors of an array by the library's names, experts one by one, and their scales."""
     if not isinstance(array, PackedMatrices):
-        for key, tensor in to_tensors(name, np.asarray(array)).items():
+        for key, tensor in to_tensors(family, name, np.asarray(array)).items():
             if key == "selection_bias":
                 tensor = tensor.astype(np.float32)
-            for part, matrix in _matrices(key, tensor):
+            for part, matrix in _matrices(family, key, tensor):
                 yield part, matrix, None
         return
     payload, scale = np.asarray(array.payload), np.asarray(array.scale)
     scale = scale.view(SCALE if scale.dtype == np.uint8 else np.float32)
     # FP4 has no dtype of its own in the releases: I8, two numbers a byte.
     number = np.dtype(array.number)
-    weights = _matrices(name, payload.view(np.int8 if number == FLOAT4 else number))
-    for (part, weight), (_, rows) in zip(weights, _matrices(name, scale), strict=True):
+    weights = _matrices(family, name, payload.view(np.int8 if number == FLOAT4 else number))
+    for (part, weight), (_, rows) in zip(weights, _matrices(family, name, scale), strict=True):
         yield part, weight, rows[:: array.block[0]]
 
 
-def _matrices(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The matrices of a stack, and anything else as it is."""
-    if not name.startswith("experts."):
+def _matrices(family: Family, name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The matrices of a stack if the family stores them one by one, and anything else as it is."""
+    if name not in STACKED_EXPERTS or not family.has("experts.{}.down"):
         yield name, array
         return
-    matrices = MATRICES[name.removeprefix("experts.")]
+    parts = MATRIX_PARTS[name.removeprefix("experts.")]
+    matrices = [part for part in parts if family.has(f"experts.{{}}.{part}")]
     for expert, rows in enumerate(array):
         for matrix, part in zip(matrices, np.split(rows, len(matrices)), strict=True):
             yield f"experts.{expert}.{matrix}", part

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from .._config import MoEConfig
-from .._families import DEEPSEEK
+from .._families import family_of
 from .._moe import RoutedAndSharedMoE, RoutedMoE
 from .dtypes import NAMES
 from .index import StoredTensors
@@ -19,8 +19,12 @@ from .load import build_moe
 from .safetensors_reader import StoredTensor
 
 
-def to_state_dict(moe: RoutedMoE | RoutedAndSharedMoE) -> dict[str, np.ndarray]:
-    """The arrays of a layer `moe` by transformers' names, without a prefix.
+def to_state_dict(
+    moe: RoutedMoE | RoutedAndSharedMoE, *, model_type: str = "deepseek_v4"
+) -> dict[str, np.ndarray]:
+    """The arrays of a layer `moe` by the names of transformers' modules, without a prefix.
+
+    The names and layouts are those of the family of `model_type`. In DeepSeek's:
 
     - `gate.weight` (experts, hidden).
     - `gate.e_score_correction_bias` (experts,), or `gate.tid2eid` int64 (vocab, experts_per_token).
@@ -31,9 +35,10 @@ def to_state_dict(moe: RoutedMoE | RoutedAndSharedMoE) -> dict[str, np.ndarray]:
     Floating-point arrays keep their dtype. Leading axes, of stacked layers, are kept. A gradient of
     the layer is such a tree too: leaves that are `None` are left out.
 
-    **Raises:** `TypeError` unless `moe` is made of this library's routers and experts.
+    **Raises:** `TypeError` unless `moe` is made of this library's routers and experts, and has no
+    array that the family has no name for. `ValueError` for an unknown `model_type`.
 
-    **Source:** `DeepseekV4SparseMoeBlock` of transformers 5.23, `models/deepseek_v4`.
+    **Source:** the modules of transformers 5.23, such as `DeepseekV4SparseMoeBlock`.
 
     **Example:**
 
@@ -43,7 +48,8 @@ def to_state_dict(moe: RoutedMoE | RoutedAndSharedMoE) -> dict[str, np.ndarray]:
         (8, 32, 16)
     """
     tensors = {}
-    for name, where in leaves(moe).items():
+    family = family_of(model_type)
+    for name, where in leaves(moe, family).items():
         array = where(moe)
         if array is None:
             continue
@@ -52,9 +58,9 @@ def to_state_dict(moe: RoutedMoE | RoutedAndSharedMoE) -> dict[str, np.ndarray]:
                 f"`moe` must hold arrays, or None where there is nothing. "
                 f"Got {type(array).__name__} for {name}."
             )
-        for key, tensor in to_tensors(name, np.asarray(array)).items():
+        for key, tensor in to_tensors(family, name, np.asarray(array)).items():
             # A copy: a view of a JAX array is read-only.
-            tensors[DEEPSEEK.spellings[key][-1]] = np.array(tensor, order="C")
+            tensors[family.spellings[key][-1]] = np.array(tensor, order="C")
     return tensors
 
 
@@ -88,8 +94,9 @@ def from_state_dict(
     """
     if not isinstance(tensors, Mapping):
         raise TypeError(f"`tensors` must map names to arrays. Got {type(tensors).__name__}.")
+    family = family_of(config.model_type)
     given = {name: _as_stored(name, tensor) for name, tensor in tensors.items()}
-    layer = NamedLayer(StoredTensors.in_memory("tensors", given), DEEPSEEK, "", list(given))
+    layer = NamedLayer(StoredTensors.in_memory("tensors", given), family, "", list(given))
     return build_moe(layer, config, layer_idx, dtype)
 
 

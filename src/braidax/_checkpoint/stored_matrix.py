@@ -90,6 +90,8 @@ def stored_matrix(
     kind, found = weight.dtype, weight.shape
     if kind not in _KNOWN:
         raise weight.mistake(f"have a dtype among {', '.join(_KNOWN)}", kind)
+    if kind in FP4_TYPES and len(found) == len(shape) + 1:  # groups have an axis in GPT-OSS
+        found = (*found[:-2], found[-2] * found[-1])
     if kind in FP4_TYPES and kind != PACKED and found:
         found = (*found[:-1], 2 * found[-1])
     if found != shape:

@@ -1,17 +1,15 @@
-"""DeepSeek-V2, V3, V3.2, V4 and V4.1, and Kimi-K2, which is a DeepSeek-V3.
+"""DeepSeek-V2 to V4.1, and the models with the layer of V3: Kimi-K2, GLM-4.5, dots.llm1.
 
 **Source:** `config.json` and `model.safetensors.index.json` of each release;
-`conversion_mapping.py` and `models/deepseek_v2`, `_v3`, `_v32` and `_v4` of transformers 5.23.
+`conversion_mapping.py` and `models/deepseek_v2`, `_v3`, `_v32`, `_v4`, `glm4_moe` and `dots1` of
+transformers 5.23.
 """
 
-from .family import Family
+import dataclasses
 
-_V2 = {
-    "num_shared_experts": 2,
-    "score_function": "softmax",
-    "normalize": False,
-    "scaling_factor": 1.0,
-}
+from .family import SIZES, STACKED_EXPERTS, Family
+from .layer_rules import first_layers_dense
+
 _V3 = {
     "num_shared_experts": 1,
     "score_function": "sigmoid",
@@ -20,6 +18,13 @@ _V3 = {
     "num_groups": 8,
     "num_selected_groups": 4,
 }
+_GLM = _V3 | {"scaling_factor": 1.0, "num_groups": 1, "num_selected_groups": 1}
+_V2 = {
+    "num_shared_experts": 2,
+    "score_function": "softmax",
+    "normalize": False,
+    "scaling_factor": 1.0,
+}
 _V4_1 = {
     "num_shared_experts": 1,
     "score_function": "sqrtsoftplus",
@@ -27,23 +32,18 @@ _V4_1 = {
     "scaling_factor": 1.5,
     "swiglu_limit": 10.0,
 }
+_WORDS = {"gate": "w1", "up": "w3", "down": "w2"}
 
 DEEPSEEK = Family(
     model_types={
-        "deepseek_v2": _V2,
-        "deepseek_v3": _V3,
-        "deepseek_v32": _V3,
-        "kimi_k2": _V3,
         "deepseek_v4": _V4_1 | {"num_hash_layers": 3},
         "deepseek_v41": _V4_1,
         "deepseek_v41_text": _V4_1,
     },
     keys={
-        "hidden_size": ("hidden_size",),
+        **SIZES,
         "intermediate_size": ("moe_intermediate_size",),
         "num_experts": ("n_routed_experts", "num_local_experts", "num_experts"),
-        "num_experts_per_token": ("num_experts_per_tok",),
-        "vocab_size": ("vocab_size",),
         "num_shared_experts": ("n_shared_experts", "num_shared_experts"),
         "score_function": ("scoring_func",),
         "normalize": ("norm_topk_prob",),
@@ -62,26 +62,61 @@ DEEPSEEK = Family(
         "num_selected_groups": 1,
         "swiglu_limit": None,
     },
-    supported={
-        "scoring_func": ("sqrtsoftplus", "sigmoid", "softmax"),
-        "hidden_act": ("silu",),
-        "topk_method": ("noaux_tc", "greedy"),
+    values={
+        "scoring_func": {None: {}, "sqrtsoftplus": {}, "sigmoid": {}, "softmax": {}},
+        "hidden_act": {"silu": {}},
+        "topk_method": {"noaux_tc": {}, "greedy": {}},
     },
-    prefixes=("", "model."),
+    dense_layers=first_layers_dense(0),
+    prefix="",
     blocks=("ffn", "mlp"),
     spellings={
         "gate.weight": ("gate.weight",),
         "selection_bias": ("gate.bias", "gate.e_score_correction_bias"),
         "table": ("gate.tid2eid",),
-        "experts.{}.gate": ("experts.{}.w1.weight", "experts.{}.gate_proj.weight"),
-        "experts.{}.up": ("experts.{}.w3.weight", "experts.{}.up_proj.weight"),
-        "experts.{}.down": ("experts.{}.w2.weight", "experts.{}.down_proj.weight"),
-        "experts.gate_up": ("experts.gate_up_proj",),
-        "experts.down": ("experts.down_proj",),
-        "shared.gate": ("shared_experts.w1.weight", "shared_experts.gate_proj.weight"),
-        "shared.up": ("shared_experts.w3.weight", "shared_experts.up_proj.weight"),
-        "shared.down": ("shared_experts.w2.weight", "shared_experts.down_proj.weight"),
+        **{
+            f"{owner}.{part}": (f"{word}.{short}.weight", f"{word}.{part}_proj.weight")
+            for owner, word in (("experts.{}", "experts.{}"), ("shared", "shared_experts"))
+            for part, short in _WORDS.items()
+        },
+        **STACKED_EXPERTS,
     },
     ignored={"gate.bias_vl": "it is for image tokens"},
-    scale_endings=(".scale", ".weight_scale_inv", "_scale_inv"),
+)
+
+DEEPSEEK_V3 = dataclasses.replace(
+    DEEPSEEK,
+    model_types={"deepseek_v3": _V3, "deepseek_v32": _V3, "kimi_k2": _V3},
+    dense_layers=first_layers_dense(3),
+)
+GLM = dataclasses.replace(
+    DEEPSEEK, model_types={"glm4_moe": _GLM}, dense_layers=first_layers_dense(1)
+)
+DOTS = dataclasses.replace(
+    DEEPSEEK,
+    model_types={"dots1": _GLM | {"num_shared_experts": 0, "normalize": False}},
+)
+
+_V2_SPELLINGS = {
+    k: v for k, v in DEEPSEEK.spellings.items() if k not in ("selection_bias", "table")
+}
+DEEPSEEK_V2 = dataclasses.replace(
+    DEEPSEEK,
+    model_types={"deepseek_v2": _V2},
+    values={
+        "scoring_func": {"softmax": {}},
+        "hidden_act": {"silu": {}},
+        # V2-Lite has groups of which its greedy choice takes no notice.
+        "topk_method": {
+            "greedy": {"num_groups": 1, "num_selected_groups": 1},
+            "group_limited_greedy": {"group_score": "max"},
+        },
+        # Two released codes disagree about what it would mean.
+        "norm_topk_prob": {False: {}},
+    },
+    spellings={
+        key: names
+        for key, names in DEEPSEEK.spellings.items()
+        if key not in ("selection_bias", "table")
+    },
 )

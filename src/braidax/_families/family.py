@@ -6,9 +6,28 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .layer_rules import LayerRule, no_dense_layers
+
 # As written in decimal: `layers.03` would be a second name of layer 3.
 _NUMBER = "(0|[1-9][0-9]{0,8})"
 _EXPERT = re.compile(rf"(?<=\.){_NUMBER}(?=\.)")
+
+# What most configurations and releases have in common.
+SIZES = {
+    "hidden_size": ("hidden_size",),
+    "num_experts_per_token": ("num_experts_per_tok",),
+    "vocab_size": ("vocab_size",),
+}
+STACKED_EXPERTS = {
+    "experts.gate_up": ("experts.gate_up_proj",),
+    "experts.down": ("experts.down_proj",),
+}
+EXPERTS = {
+    "experts.{}.gate": ("experts.{}.gate_proj.weight",),
+    "experts.{}.up": ("experts.{}.up_proj.weight",),
+    "experts.{}.down": ("experts.{}.down_proj.weight",),
+    **STACKED_EXPERTS,
+}
 
 # Tensors by layer, as `("layers", 3)`, and in a layer by the prefix that is cut off each name.
 Layers = dict[tuple[str, int], dict[str, list[str]]]
@@ -23,40 +42,59 @@ class Family:
     - `model_types`: each `model_type`, and the fields that its code has where a file is silent.
     - `keys`: the spellings of each field. `mlp_layer_types` counts by its `hash_moe`.
     - `nulls`: what null means to its own code. Any other null is an error.
-    - `supported`: keys that change the maths, and the values that the library computes.
+    - `values`: keys whose words say what is computed, each word with the fields that it stands for.
+      Any other word is an error. The first is that of a file that is silent.
+    - `dense_layers`: the layers that are no mixtures.
 
     Of tensors:
 
-    - `prefixes`: what may stand before `layers`. `blocks`: words for the feed-forward part.
+    - `prefix`: what stands before `layers` in a release. A reader takes any.
+    - `blocks`: words for the feed-forward part, the release's first; none where the shared expert
+      stands beside that part.
     - `spellings`: the names of each tensor, the release's first, that of transformers' modules
-      last. The keys are this library's names: `gate.weight`, `selection_bias`, `table`,
-      `experts.{}.gate`, `experts.{}.up`, `experts.{}.down`, the stacked `experts.gate_up` and
-      `experts.down`, and `shared.gate`, `shared.up`, `shared.down`. `{}` is an expert's number.
+      last. The keys are this library's names: `gate.weight`, `gate.bias`, `selection_bias`,
+      `table`, `experts.{}.gate`, `experts.{}.up`, `experts.{}.down`, the stacked
+      `experts.gate_up` and `experts.down` with their `_bias`, `shared.gate`, `shared.up`,
+      `shared.down` or `shared.gate_up`, `shared_gate`, `latent.down` and `latent.up`. `{}` is an
+      expert's number.
     - `ignored`: tensors that the layer does not compute with, and why.
     - `scale_endings`: what the name of a scale ends with, in place of `.weight` or nothing.
+    - `stored_transposed`: a stack in floating point is stored as (size_in, size_out).
+    - `interleaved`: rows of a stack take turns, gate before up. Else all gate rows come first.
+    - `selection_bias_rows`: whether that bias is stored as one row, `(1, experts)`.
     - `layers` is the word before a layer's number, `prediction_layers` before that of a layer of
       multi-token prediction.
 
-    A matrix is stored as (size_out, size_in). Stacked gate rows stand before up rows.
+    A matrix is stored as (size_out, size_in).
     """
 
     model_types: Mapping[str, Mapping[str, Any]]
     keys: Mapping[str, tuple[str, ...]]
-    nulls: Mapping[str, Any]
-    supported: Mapping[str, tuple[str, ...]]
-    prefixes: tuple[str, ...]
     blocks: tuple[str, ...]
     spellings: Mapping[str, tuple[str, ...]]
-    ignored: Mapping[str, str]
-    scale_endings: tuple[str, ...]
+    nulls: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, Mapping[Any, Mapping[str, Any]]] = dataclasses.field(
+        default_factory=lambda: {"hidden_act": {"silu": {}}}
+    )
+    dense_layers: LayerRule = no_dense_layers
+    prefix: str = "model."
+    ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    scale_endings: tuple[str, ...] = (".scale", ".weight_scale_inv", "_scale_inv")
+    stored_transposed: bool = False
+    interleaved: bool = False
+    selection_bias_rows: bool = False
     layers: str = "layers"
     prediction_layers: str = "mtp"
 
     def layers_of(self, names: Iterable[str]) -> Layers:
         """The feed-forward tensors among `names`."""
+        if not self.blocks:  # a layer's own name comes before those of its parts
+            parts = {name.split(".")[0] for names in self.spellings.values() for name in names}
+            block = rf"(?=(?:{'|'.join(sorted(parts))})\.)"
+        else:
+            block = "|".join(rf"{re.escape(word)}\." for word in self.blocks)
         words = f"{self.layers}|{self.prediction_layers}"
-        prefix, block = ("|".join(map(re.escape, each)) for each in (self.prefixes, self.blocks))
-        pattern = re.compile(rf"((?:{prefix})({words})\.{_NUMBER}\.(?:{block})\.)(.+)")
+        pattern = re.compile(rf"((?:.*\.)?({words})\.{_NUMBER}\.(?:{block}))(.+)")
         found: Layers = {}
         for match in filter(None, map(pattern.fullmatch, names)):
             prefix, word, number, rest = match.groups()
@@ -69,10 +107,18 @@ class Family:
         key, kind = self._meanings.get(template, (None, ""))
         return None if key is None else (key.replace("{}", number), kind)
 
+    def released_prefix(self, layer_idx: int) -> str:
+        """What the release's names of a layer begin with."""
+        return ".".join((f"{self.prefix}{self.layers}", str(layer_idx), *self.blocks[:1], ""))
+
     def released(self, name: str) -> str:
         """The release's spelling of the library's `name`."""
         template, number = _without_number(name)
         return self.spellings[template][0].replace("{}", number)
+
+    def has(self, name: str) -> bool:
+        """Whether the family has a tensor of the library's `name`."""
+        return _without_number(name)[0] in self.spellings
 
     @functools.cached_property
     def _meanings(self) -> dict[str, tuple[str, str]]:
@@ -80,10 +126,18 @@ class Family:
         for key, names in self.spellings.items():
             for name in names:
                 meanings[name] = key, "weight"
+                if key in STACKED_EXPERTS:  # 4-bit numbers, as GPT-OSS has them
+                    meanings[f"{name}_blocks"] = key, "weight"
+                    meanings[f"{name}_scales"] = key, "scale"
                 if key.startswith(("experts.", "shared.")):
                     for ending in self.scale_endings:
                         meanings[name.removesuffix(".weight") + ending] = key, "scale"
         return meanings
+
+
+def shared_expert(word: str) -> dict[str, tuple[str, ...]]:
+    """The spellings of a shared expert that is called `word`."""
+    return {f"shared.{part}": (f"{word}.{part}_proj.weight",) for part in ("gate", "up", "down")}
 
 
 @functools.lru_cache(maxsize=4096)  # layers have the same names
