@@ -123,24 +123,24 @@ def test_dense_layers_and_multi_token_prediction(tmp_path):
 
 
 def test_what_is_not_understood_is_not_counted_as_active(tmp_path):
-    """A Mixtral and a GPT-OSS: experts, under names and routers of other families."""
+    """A DBRX and a Llama-4: experts, under names and routers of other families."""
     matrix = np.zeros((4, 8), np.float32)
-    mixtral = {
-        "model.embed_tokens.weight": matrix,
-        "model.layers.0.block_sparse_moe.gate.weight": matrix,
-        "model.layers.0.block_sparse_moe.experts.0.w1.weight": matrix,
+    dbrx = {
+        "transformer.wte.weight": matrix,
+        "transformer.blocks.0.ffn.router.layer.weight": matrix,
+        "transformer.blocks.0.ffn.experts.mlp.w1": matrix,
     }
     path = tmp_path / "model.safetensors"
-    write_safetensors(path, mixtral)
+    write_safetensors(path, dbrx)
     summary = summarize(path)
     assert (summary.parameters, summary.active, summary.layers) == (96, None, ())
-    assert "no table has `model.layers.0.block_sparse_moe.experts.0.w1.weight`" in summary.note
-    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    assert "no table has `transformer.blocks.0.ffn.experts.mlp.w1`" in summary.note
+    (tmp_path / "config.json").write_text('{"model_type": "dbrx"}')
     note = summarize(path).note
-    assert "`model_type` must be one of deepseek_v2" in note and "Got 'mixtral'" in note
+    assert "`model_type` must be one of deepseek_v2" in note and "Got 'dbrx'" in note
     write_safetensors(
         path,
-        {"model.layers.0.mlp.router.weight": matrix, "model.layers.0.mlp.experts.down": matrix},
+        {"model.layers.0.mlp.chooser.weight": matrix, "model.layers.0.mlp.experts.down": matrix},
     )
     (layer,) = summarize(path).layers
     assert (layer.router, layer.parameters, layer.active) == ("?", 64, None)

@@ -85,7 +85,8 @@ def layer(config, layer_idx=0):
 def test_defaults():
     assert dataclasses.astuple(make()) == (
         *(8, 4, 8, 2, None, 1, "sqrtsoftplus", True, 1.0),
-        *(1, 1, 0, None, None, 1.0),
+        *(1, 1, 0, None, None, 1.0, "top2", "swiglu", False, False),
+        *(None, False, None, 0, (), "deepseek_v4"),
     )
 
 
@@ -321,7 +322,7 @@ def test_the_other_spelling_of_shared_experts_is_read():
         from_hf({**V4_FLASH_JSON, "num_shared_experts": 2})
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "", None, ["deepseek_v3"], 3])
+@pytest.mark.parametrize("model_type", ["grok", "", None, ["deepseek_v3"], 3])
 def test_an_unknown_model_type_is_named_with_those_that_are_known(model_type, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**V4_FLASH_JSON, "model_type": model_type}))

@@ -36,7 +36,7 @@ RANKS = (
     ("_routing", "_config_file", "_experts", "hash_tables", "matmul"),
     ("_config", "_balance", "_balance_losses"),
     ("_router",),
-    ("_dispatch", "_replay", "_filters", "_latent"),
+    ("_dispatch", "_replay", "_filters"),
     ("_moe", "_bias_update"),
     ("_common",),
     ("_parallel", "_checkpoint", "_inspect"),

@@ -266,13 +266,13 @@ def test_refused_modules(unchecked):
     with pytest.raises(TypeError, match="`moe` must hold arrays, .* Got bool for gate.weight"):
         bx.to_state_dict(bx.trainable(block))
     others = {
-        "router.gate` must be without a bias": bx.TopKRouter(
+        "router.gate.bias` must be None in a deepseek_v4 layer": bx.TopKRouter(
             5, 4, 2, use_bias=True, key=jax.random.key(0)
         ),
-        "experts` must be `Experts` of SwiGLU": bx.Experts(
+        "experts.gate_up_bias` must be None": bx.Experts(
             4, 5, 3, use_bias=True, key=jax.random.key(0)
         ),
-        "experts` .* without biases": bx.Experts(
+        "experts` must be `Experts` of SwiGLU": bx.Experts(
             4, 5, 3, activation=jax.nn.silu, key=jax.random.key(0)
         ),
     }

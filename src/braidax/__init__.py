@@ -33,7 +33,7 @@ from ._dispatch import DenseDispatch as DenseDispatch
 from ._dispatch import SortedDispatch as SortedDispatch
 
 # Blocks
-from ._latent import LatentProjection as LatentProjection
+from ._moe import LatentProjection as LatentProjection
 from ._moe import RoutedAndSharedMoE as RoutedAndSharedMoE
 from ._moe import RoutedMoE as RoutedMoE
 from ._common import top_k_moe as top_k_moe

@@ -178,8 +178,8 @@ class MoEConfig:
     @classmethod
     def deepseek_v3(cls) -> "MoEConfig":
         """DeepSeek-V3: 256 experts in 8 groups, sigmoid scores, no hash layers, no clamp."""
-        v3 = {"dense_layers": (0, 1, 2), "model_type": "deepseek_v3"}
-        return cls(7168, 2048, 256, 8, 129280, 1, "sigmoid", True, 2.5, 8, 4, **v3)
+        config = cls(7168, 2048, 256, 8, 129280, 1, "sigmoid", True, 2.5, 8, 4)
+        return dataclasses.replace(config, dense_layers=(0, 1, 2), model_type="deepseek_v3")
 
     @classmethod
     def deepseek_v4_flash(cls) -> "MoEConfig":
@@ -198,8 +198,8 @@ class MoEConfig:
     @classmethod
     def deepseek_v4_1_flash(cls) -> "MoEConfig":
         """DeepSeek-V4.1-Flash: 384 experts, 6 a token, no hash layers."""
-        v4_1 = {"swiglu_limit": 10.0, "model_type": "deepseek_v41"}
-        return cls(5120, 2304, 384, 6, 129280, scaling_factor=1.5, **v4_1)
+        config = cls(5120, 2304, 384, 6, 129280, scaling_factor=1.5, swiglu_limit=10.0)
+        return dataclasses.replace(config, model_type="deepseek_v41")
 
     @classmethod
     def tiny(cls) -> "MoEConfig":

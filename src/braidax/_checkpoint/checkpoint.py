@@ -54,10 +54,9 @@ class Checkpoint:
         self._found: dict[str, Layers] = {}
 
     def _layers(self, family: Family) -> Layers:
-        model_type = next(iter(family.model_types))
-        if model_type not in self._found:
-            self._found[model_type] = family.layers_of(self._tensors.files)
-        return self._found[model_type]
+        if family.model_type not in self._found:
+            self._found[family.model_type] = family.layers_of(self._tensors.files)
+        return self._found[family.model_type]
 
     def _layer(self, layer_idx: int, config: MoEConfig | None) -> tuple[NamedLayer, MoEConfig, int]:
         if config is None:

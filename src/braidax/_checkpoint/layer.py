@@ -112,6 +112,8 @@ def _check_presence(
     arrays: Iterable[str],
 ) -> None:
     gate, family = known["gate.weight"]["weight"], layer.family
+    num_experts = config.num_experts + config.num_identity_experts
+    check_shape(gate, (num_experts, config.hidden_size))
     is_stacked = not STACKED_EXPERTS.keys().isdisjoint(known)
     is_stacked |= not family.has("experts.{}.down")
     wanted = {part for name in arrays for part in _tensors_of(family, name, config, is_stacked)}

@@ -35,8 +35,7 @@ MATRICES = ("experts.gate_up", "experts.down", "shared.gate_up", "shared.down")
 
 
 def leaves(moe: Block, family: Family) -> dict[str, Callable[[Block], Any]]:
-    """How to get at each array of `moe`, by those names that are not `None` in every layer of a
-    family.
+    """How to get at each array of `moe` that `family` has a name for. Biases may be None.
 
     **Raises:** `TypeError` unless `moe` is made of the parts that the family has names for."""
     if not isinstance(moe, Block):
@@ -56,16 +55,12 @@ def leaves(moe: Block, family: Family) -> dict[str, Callable[[Block], Any]]:
     if not isinstance(moe, RoutedMoE):
         _require_network("shared", moe.shared, FeedForward, family)
         paths |= {name: name for name in ("shared.gate_up", "shared.down", "shared_gate")}
-    found = {name: attrgetter(path) for name, path in paths.items()}
-    for name, where in list(found.items()):
-        if not _has_name(family, name):
-            array = where(moe)
-            # A selection bias of zeros selects as none does.
-            is_nothing = array is None or (name == own and _is_zero(array))
-            path = paths[name]
-            _require(is_nothing, path, f"None in a {next(iter(family.model_types))}", array)
-            del found[name]
-    return found
+    for name in [name for name in paths if not _has_name(family, name)]:
+        array = attrgetter(paths[name])(moe)
+        # A selection bias of zeros selects as none does.
+        is_nothing = array is None or (name == own and _is_zero(array))
+        _require(is_nothing, paths.pop(name), f"None in a {family.model_type} layer", array)
+    return {name: attrgetter(path) for name, path in paths.items()}
 
 
 def skeleton(config: MoEConfig, layer_idx: int, dtype: DTypeLike | None) -> Block:
@@ -133,8 +128,7 @@ def _is_zero(array: Any) -> bool:
 
 
 def _require_network(name: str, network: Any, kind: type, family: Family) -> None:
-    fields = next(iter(family.model_types.values()))
-    word = fields.get("activation", "swiglu")
+    word = family.model_types[family.model_type].get("activation", "swiglu")
     wanted = type(activation(word, 1.0))
     has_names = type(network) is kind and isinstance(network.activation, wanted)
     _require(has_names, name, f"`{kind.__name__}` of {_TITLES.get(word, word)}", network)
@@ -143,6 +137,6 @@ def _require_network(name: str, network: Any, kind: type, family: Family) -> Non
 def _require(condition: bool, name: str, must_be: str, found: object) -> None:
     if not condition:
         raise TypeError(
-            f"`moe.{name}` must be {must_be}: only these have released names. "
+            f"`moe.{name}` must be {must_be}: nothing else has a released name. "
             f"Got {one_line(repr(found))}."
         )

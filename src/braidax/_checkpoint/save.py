@@ -1,13 +1,13 @@
 """`save_moe`: a block as the tensors of a released checkpoint."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from .._checks import integer
+from .._checks import check, integer
 from .._experts.packed import PackedMatrices
 from .._families import Family, family_of
 from .._families.family import STACKED_EXPERTS
@@ -62,36 +62,10 @@ def save_moe(
         ...     [path.name for path in pathlib.Path(folder).iterdir()]
         ['layer.safetensors']
     """
-    layer_idx = integer("layer_idx", layer_idx, 0)
-    if not os.fspath(path).endswith(".safetensors"):
-        raise ValueError(f"`path` must end in .safetensors. Got {os.fspath(path)!r}.")
-    if quantization not in _QUANTIZATIONS:
-        raise ValueError(f"`quantization` must be one of {_QUANTIZATIONS}. Got {quantization!r}.")
-    family = family_of(model_type)
-    separate = family.has("experts.{}.down")
-    if quantization is not None and not separate:
-        raise ValueError(
-            f"`quantization` must be None for the stacked experts of {model_type}. "
-            f"Got {quantization!r}."
-        )
+    layer_idx, family = integer("layer_idx", layer_idx, 0), family_of(model_type)
     arrays = {name: where(moe) for name, where in leaves(moe, family).items()}
     arrays = {name: array for name, array in arrays.items() if array is not None}
-    if not separate and isinstance(arrays["experts.down"], PackedMatrices):
-        raise ValueError(
-            f"`moe` must not be packed, to be written as {model_type}. Got packed experts."
-        )
-    if quantization is not None and isinstance(arrays["experts.down"], PackedMatrices):
-        raise ValueError(
-            "`quantization` must be None for packed experts, which are quantized already. "
-            f"Got {quantization!r}."
-        )
-    if not np.isfinite(np.asarray(arrays.get("selection_bias", 0.0))).all():
-        raise ValueError("`moe` must have a finite selection bias. Got NaN or infinity.")
-    if arrays["gate.weight"].ndim != 2:
-        raise ValueError(
-            "`moe` must be one layer, with a router of (experts, hidden). "
-            f"Got {arrays['gate.weight'].shape}."
-        )
+    _check(os.fspath(path), arrays, quantization, family)
     prefix = family.released_prefix(layer_idx)
     tensors: dict[str, np.ndarray | Lazy] = {}
     for name, array in arrays.items():
@@ -106,6 +80,26 @@ def save_moe(
             if scale is not None:
                 tensors[stem + family.scale_endings[0]] = scale
     write_safetensors(path, tensors)
+
+
+def _check(path: str, arrays: Mapping[str, Any], quantization: str | None, family: Family) -> None:
+    """Everything that a writer of `arrays` can refuse before it writes."""
+    is_packed = isinstance(arrays["experts.down"], PackedMatrices)
+    bias, gate = arrays.get("selection_bias", 0.0), arrays["gate.weight"]
+    is_stacked = not family.has("experts.{}.down")
+    check(path.endswith(".safetensors"), "path", "end in .safetensors", repr(path))
+    known = quantization in _QUANTIZATIONS
+    check(known, "quantization", f"be one of {_QUANTIZATIONS}", repr(quantization))
+    if quantization is not None:
+        must = "be None for packed experts, which are quantized already"
+        check(not is_packed, "quantization", must, repr(quantization))
+        must = f"be None for the stacked experts of {family.model_type}"
+        check(not is_stacked, "quantization", must, repr(quantization))
+    must = f"not be packed, to be written as {family.model_type}"
+    check(not (is_packed and is_stacked), "moe", must, "packed experts")
+    must = "have a finite selection bias"
+    check(np.isfinite(np.asarray(bias)).all(), "moe", must, "NaN or infinity")
+    check(gate.ndim == 2, "moe", "be one layer, with a router of (experts, hidden)", gate.shape)
 
 
 def _one_by_one(

@@ -86,6 +86,11 @@ class Family:
     layers: str = "layers"
     prediction_layers: str = "mtp"
 
+    @property
+    def model_type(self) -> str:
+        """The first of `model_types`, for messages."""
+        return next(iter(self.model_types))
+
     def layers_of(self, names: Iterable[str]) -> Layers:
         """The feed-forward tensors among `names`."""
         if not self.blocks:  # a layer's own name comes before those of its parts

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from ._checks import floating_dtype, positive_integer
-from ._matmul import accumulation_dtype
+from .._checks import floating_dtype, positive_integer
+from .._matmul import accumulation_dtype
 
 
 class LatentProjection(eqx.Module):
