@@ -390,7 +390,7 @@ def test_a_value_that_no_layer_can_have_is_read_and_refused_by_the_layer(
 
 def test_a_mistake_is_found_before_the_experts_are_made(monkeypatch):
     """DeepSeek-V3's take 45 GB."""
-    monkeypatch.setattr("braidax._moe.Experts", None)
+    monkeypatch.setattr("braidax._moe.routed.Experts", None)
     with pytest.raises(ValueError, match="`score_function` must be one of"):
         layer(make(score_function="relu"))
 
