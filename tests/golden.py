@@ -35,6 +35,18 @@ class GoldenBlock:
 
 
 @dataclasses.dataclass
+class GoldenFamily:
+    """One layer of a family: its file and its configuration, and what transformers computed."""
+
+    config: dict[str, Any]  # the `config.json`
+    layer_idx: int
+    versions: dict[str, str]
+    tensors: dict[str, np.ndarray]  # by the names of the file, in float16 without loss
+    hidden_states: np.ndarray
+    output: np.ndarray
+
+
+@dataclasses.dataclass
 class GoldenRouter:
     """A router at a released model's size. Its input is rebuilt by `counted`: 7 MB would be too
     much to keep."""
@@ -62,7 +74,7 @@ def router_inputs(config: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.nd
     return weight, counted((experts,), 2) * np.float32(2**-4), counted((1024, hidden), 3)
 
 
-def save(name: str, golden: GoldenBlock | GoldenRouter) -> None:
+def save(name: str, golden: GoldenBlock | GoldenRouter | GoldenFamily) -> None:
     """One compressed file: arrays under their field's name, everything else as JSON."""
     arrays, rest = {}, {}
     for field, value in vars(golden).items():
@@ -72,11 +84,11 @@ def save(name: str, golden: GoldenBlock | GoldenRouter) -> None:
             arrays |= {f"{field}/{key}": array for key, array in value.items()}
         else:
             rest[field] = value
-    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(FOLDER / f"{name}.npz", json=json.dumps(rest), **arrays)
 
 
-def load(name: str) -> GoldenBlock | GoldenRouter:
+def load(name: str) -> GoldenBlock | GoldenRouter | GoldenFamily:
     """The file that `save` wrote."""
     with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
         fields = json.loads(str(file["json"]))
@@ -86,7 +98,9 @@ def load(name: str) -> GoldenBlock | GoldenRouter:
                 fields.setdefault(field, {})[tensor] = file[key]
             else:
                 fields[field] = file[key]
-    return (GoldenBlock if "tensors" in fields else GoldenRouter)(**fields)
+    if "gradients" in fields:
+        return GoldenBlock(**fields)
+    return (GoldenFamily if "tensors" in fields else GoldenRouter)(**fields)
 
 
 DECODED = FOLDER / "decoded.json"

@@ -1,17 +1,24 @@
 """Every family in the table: a tiny model of transformers, saved, loaded by us and compared."""
 
 import copy
+import importlib.metadata
+import json
+import re
 
 import equinox as eqx
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from tiny_models import HIDDEN, TINY, VOCAB, make_model, mixtures
 
 import braidax as bx
 
+# What else a layer has: attention, norms, and LongCat's dense networks.
+NOT_A_MIXTURE = re.compile("attn|norm|mlps|mamba|conv|q_proj|k_proj|v_proj|o_proj")
 every_family = pytest.mark.parametrize("model_type", TINY)
 
 
@@ -112,6 +119,35 @@ def test_a_state_dict_of_transformers_both_ways(model_type):
         assert set(ours) == set(theirs)
         for name, tensor in ours.items():
             np.testing.assert_array_equal(tensor, theirs[name][: len(tensor)], err_msg=name)
+
+
+@every_family
+def test_golden_file(model_type, request):
+    """One layer as transformers wrote it, and its output: what `tests/test_families.py` needs."""
+    model, folder = make_model(model_type)
+    layer_idx = max(mixtures(model))
+    with safe_open(folder / "model.safetensors", "np") as file:
+        names = [name for name in file.keys() if f".layers.{layer_idx}." in name]  # noqa: SIM118
+        names = [name for name in names if not NOT_A_MIXTURE.search(name)]
+        tensors = {name: file.get_tensor(name).astype(np.float16) for name in names}
+    hidden_states = np.float32(np.float16(np.random.default_rng(0).standard_normal((9, HIDDEN))))
+    with torch.no_grad():
+        output = first(reference(model, layer_idx)(torch.from_numpy(hidden_states)[None]))
+    found = golden.GoldenFamily(
+        json.loads((folder / "config.json").read_text()),
+        layer_idx,
+        {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
+        tensors,
+        hidden_states,
+        output.reshape(9, HIDDEN).numpy(),
+    )
+    if request.config.getoption("--write-golden"):
+        golden.save(f"families/{model_type}", found)
+    kept = golden.load(f"families/{model_type}")
+    assert kept.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor, kept.tensors[name])
+    np.testing.assert_allclose(found.output, kept.output, rtol=0, atol=1e-6 * kept.output.max())
 
 
 class BraidaxBlock(torch.nn.Module):

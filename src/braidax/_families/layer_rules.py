@@ -58,8 +58,10 @@ def interval(raw: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def named_blocks(raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """`layers_block_type` names the kind of each layer."""
+    """`layers_block_type` names the kind of each layer, or a letter of the pattern does."""
     kinds = raw.get("layers_block_type")
+    if kinds is None and isinstance(pattern := raw.get("hybrid_override_pattern"), str):
+        kinds = ["moe" if letter == "E" else letter for letter in pattern]
     if not isinstance(kinds, list | tuple):
         raise ValueError(f"`layers_block_type` must be a list. Got {kinds!r:.60}.")
     return tuple(number for number, kind in enumerate(kinds) if kind != "moe")

@@ -30,7 +30,7 @@ def _stacked_axes(block: RoutedMoE) -> tuple[int, int] | None:
     weight: Any = getattr(block.router.gate, "weight", None)
     down: Any = getattr(block.experts, "down", None)
     if _is_array(weight) and weight.ndim >= 2:
-        return weight.ndim - 2, weight.shape[-2]
+        return weight.ndim - 2, weight.shape[-2] - block.num_identity_experts
     if _is_array(down) and down.ndim >= 3:
         return down.ndim - 3, down.shape[-3]
     return None

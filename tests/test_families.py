@@ -1,0 +1,202 @@
+"""Families from their files, against what transformers computed: torch is not needed."""
+
+import json
+
+import equinox as eqx
+import golden
+import jax
+import numpy as np
+import pytest
+
+import braidax as bx
+from braidax._checkpoint.safetensors_writer import write_safetensors
+from braidax._families import MODEL_TYPES
+
+FAMILIES = sorted(path.stem for path in (golden.FOLDER / "families").glob("*.npz"))
+every_family = pytest.mark.parametrize("model_type", FAMILIES)
+
+
+@pytest.fixture
+def folder(model_type, tmp_path):
+    """A checkpoint of the golden layer, as transformers saved it, but in float16."""
+    kept = golden.load(f"families/{model_type}")
+    (tmp_path / "config.json").write_text(json.dumps(kept.config))
+    write_safetensors(tmp_path / "model.safetensors", kept.tensors)
+    return tmp_path
+
+
+def test_the_files_are_here():
+    # Of one table, some types differ in their defaults only, and in what transformers has.
+    others = {"deepseek_v4", "deepseek_v41", "deepseek_v41_text", "kimi_k2", "qwen3_5_moe"}
+    assert set(MODEL_TYPES) - set(FAMILIES) == others | {"granitemoehybrid"}
+
+
+@every_family
+def test_the_output_of_transformers(model_type, folder):
+    kept = golden.load(f"families/{model_type}")
+    block = bx.load_moe(folder, kept.layer_idx, dtype="float32")
+    output, _ = block(kept.hidden_states)
+    bound = 1e-5 * np.abs(kept.output).max()
+    np.testing.assert_allclose(output, kept.output, rtol=0, atol=bound)
+
+
+@every_family
+def test_saved_and_loaded_again(model_type, folder, tmp_path):
+    """Every array bit by bit, from the names of the release and from those of transformers."""
+    kept = golden.load(f"families/{model_type}")
+    block = bx.load_moe(folder, kept.layer_idx, dtype="float32")
+    config = bx.MoEConfig.from_hf(folder)
+    path = tmp_path / "again" / "layer.safetensors"
+    path.parent.mkdir()
+    bx.save_moe(path, block, kept.layer_idx, model_type=model_type)
+    tensors = bx.to_state_dict(block, model_type=model_type)
+    for again in (
+        bx.load_moe(path, kept.layer_idx, config=config),
+        bx.from_state_dict(config, kept.layer_idx, tensors),
+    ):
+        assert eqx.tree_equal(again, block)
+
+
+@every_family
+def test_summary_of_the_layer(model_type, folder):
+    """All parameters are known by name, and the active ones counted."""
+    kept = golden.load(f"families/{model_type}")
+    summary = bx.Checkpoint(folder).summary()
+    (layer,) = summary.layers
+    assert layer.parameters == sum(tensor.size for tensor in kept.tensors.values())
+    assert layer.active is not None and layer.active < layer.parameters
+
+
+V3 = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 8,
+    "moe_intermediate_size": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+}
+QWEN = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 8,
+    "moe_intermediate_size": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 6,
+}
+JAMBA = {"model_type": "jamba", "intermediate_size": 4, "num_hidden_layers": 5}
+ERNIE = {
+    "model_type": "ernie4_5_moe",
+    "hidden_size": 8,
+    "moe_intermediate_size": 4,
+    "moe_num_experts": 8,
+    "moe_k": 2,
+    "num_hidden_layers": 8,
+}
+NEMOTRON = {**V3, "model_type": "nemotron_h"}
+# The rules of released configurations, and the layers of each that are mixtures.
+LAYER_RULES = [
+    (V3, [3, 4, 5]),
+    ({**V3, "first_k_dense_replace": 1}, [1, 2, 3, 4, 5]),
+    ({**V3, "mlp_layer_types": ["dense", "sparse"] * 3}, [1, 3, 5]),
+    (QWEN, [0, 1, 2, 3, 4, 5]),
+    ({**QWEN, "decoder_sparse_step": 2, "mlp_only_layers": [3]}, [1, 5]),
+    ({**QWEN, **JAMBA, "expert_layer_period": 2, "expert_layer_offset": 1}, [1, 3]),
+    ({**QWEN, **JAMBA, "expert_layer_period": 3, "expert_layer_offset": 0}, [0, 3]),
+    ({**ERNIE, "moe_layer_start_index": 1, "moe_layer_end_index": 4}, [1, 2, 3, 4]),
+    ({**ERNIE, "moe_layer_interval": 2, "moe_layer_end_index": -1}, [1, 3, 5, 7]),
+    ({**NEMOTRON, "layers_block_type": ["mamba", "moe", "attention", "moe"] + ["mlp"] * 2}, [1, 3]),
+    ({**NEMOTRON, "hybrid_override_pattern": "ME*EM-"}, [1, 3]),
+]
+
+
+@pytest.mark.parametrize("raw, mixtures", LAYER_RULES)
+def test_which_layers_are_mixtures(raw, mixtures):
+    config = bx.MoEConfig.from_hf(raw)
+    layers = range(raw.get("num_hidden_layers", 6))
+    assert [number for number in layers if config.is_moe_layer(number)] == mixtures
+
+
+WRONG = [
+    ({**QWEN, "mlp_only_layers": 3}, "`mlp_only_layers` must be a list"),
+    ({**QWEN, "decoder_sparse_step": 0}, "`decoder_sparse_step` must be between 1"),
+    ({**ERNIE, "num_hidden_layers": None}, "`num_hidden_layers` must be an integer"),
+    (NEMOTRON, "`layers_block_type` must be a list"),
+    ({**QWEN, "hidden_act": "gelu"}, "`hidden_act` must be one of silu. Got 'gelu'"),
+    ({**QWEN, "num_experts_per_tok": [2, 4]}, "must be the same in every layer"),
+]
+
+
+@pytest.mark.parametrize("raw, message", WRONG)
+def test_configurations_that_cannot_be(raw, message):
+    with pytest.raises(ValueError, match=message):
+        bx.MoEConfig.from_hf(raw)
+
+
+def test_a_dense_layer_says_which_are_mixtures(tmp_path):
+    kept = golden.load("families/qwen2_moe")
+    (tmp_path / "config.json").write_text(json.dumps(kept.config))
+    dense = {"model.layers.0.mlp.up_proj.weight": np.zeros((4, 8), np.float16)}
+    write_safetensors(tmp_path / "model.safetensors", {**kept.tensors, **dense})
+    with pytest.raises(ValueError, match=r"a dense layer: up_proj.weight; mixtures .* \[1\]"):
+        bx.load_moe(tmp_path, 0)
+
+
+def test_any_prefix_that_leads_to_the_layer(tmp_path):
+    kept = golden.load("families/mixtral")
+    (tmp_path / "config.json").write_text(json.dumps(kept.config))
+    renamed = {f"language.{name}": tensor for name, tensor in kept.tensors.items()}
+    write_safetensors(tmp_path / "model.safetensors", renamed)
+    bx.load_moe(tmp_path, kept.layer_idx)
+    write_safetensors(tmp_path / "model.safetensors", {**kept.tensors, **renamed})
+    with pytest.raises(ValueError, match="have one prefix. Got language.model.* and model"):
+        bx.load_moe(tmp_path, kept.layer_idx)
+
+
+def test_a_bias_of_selection_that_has_no_name(unchecked):
+    """Saving it in a family without such a bias would lose it."""
+    block = bx.top_k_moe(8, 4, 4, 2, key=jax.random.key(0))
+    where = lambda b: b.router.score_correction_bias  # noqa: E731
+    assert bx.to_state_dict(block, model_type="mixtral")
+    block = eqx.tree_at(where, block, where(block) + 1)
+    with pytest.raises(TypeError, match="score_correction_bias` must be None in a mixtral layer"):
+        bx.to_state_dict(block, model_type="mixtral")
+
+
+def test_mxfp4_as_gpt_oss_has_it(tmp_path):
+    """Rows of gate and up take turns, and every 32 numbers share a scale: decoded by hand."""
+    config = bx.MoEConfig.from_hf(
+        {
+            "model_type": "gpt_oss",
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+        }
+    )
+    rng = np.random.default_rng(0)
+    codes = {"gate_up": rng.integers(0, 16, (2, 64, 32)), "down": rng.integers(0, 16, (2, 32, 32))}
+    scales = {name: rng.integers(125, 130, (*c.shape[:2], 1)) for name, c in codes.items()}
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = np.concatenate([values, -values])
+    numbers = {n: values[c] * 2.0 ** (scales[n].astype(float) - 127) for n, c in codes.items()}
+    tensors = {
+        "router.weight": rng.standard_normal((2, 32)).astype(np.float32),
+        "router.bias": np.zeros(2, np.float32),
+        "experts.gate_up_proj_bias": np.arange(128, dtype=np.float32).reshape(2, 64),
+        "experts.down_proj_bias": np.zeros((2, 32), np.float32),
+    }
+    for name, c in codes.items():
+        packed = (c[..., ::2] | c[..., 1::2] << 4).astype(np.uint8)
+        tensors[f"experts.{name}_proj_blocks"] = packed.reshape(*c.shape[:2], 1, 16)
+        tensors[f"experts.{name}_proj_scales"] = scales[name].astype(np.uint8)
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {f"model.layers.0.mlp.{name}": t for name, t in tensors.items()})
+    block = bx.load_moe(path, 0, config=config)
+    experts = block.experts
+    np.testing.assert_array_equal(experts.gate_up[:, 0], numbers["gate_up"][:, ::2])
+    np.testing.assert_array_equal(experts.gate_up[:, 1], numbers["gate_up"][:, 1::2])
+    np.testing.assert_array_equal(experts.down, np.swapaxes(numbers["down"], 1, 2))
+    np.testing.assert_array_equal(experts.gate_up_bias[1, 1], np.arange(65, 128, 2))
+    packed = bx.load_moe(path, 0, config=config, dtype="packed")
+    hidden_states = rng.standard_normal((5, 32)).astype(np.float32)
+    bound = 1e-5 * np.abs(block(hidden_states)[0]).max()
+    np.testing.assert_allclose(packed(hidden_states)[0], block(hidden_states)[0], 0, bound)
