@@ -38,7 +38,7 @@ RANKS = (
     ("_router",),
     ("_dispatch", "_replay", "_filters"),
     ("_moe", "_bias_update"),
-    ("_common",),
+    ("_common", "_upcycle"),
     ("_parallel", "_checkpoint", "_inspect"),
     ("training", "exchange"),
     ("__init__",),

@@ -37,6 +37,7 @@ from ._moe import LatentProjection as LatentProjection
 from ._moe import RoutedAndSharedMoE as RoutedAndSharedMoE
 from ._moe import RoutedMoE as RoutedMoE
 from ._common import top_k_moe as top_k_moe
+from ._upcycle import upcycle as upcycle
 
 # Configuration
 from ._config import MoEConfig as MoEConfig

@@ -119,11 +119,25 @@ TINY = {
 }
 
 
+# Worked examples of the guide: the library has no table for them.
+EXAMPLES = {
+    "llama4_text": {
+        **_LOCAL,
+        "intermediate_size_mlp": 24,
+        "num_experts_per_tok": 1,
+        "head_dim": 16,
+        "interleave_moe_layer_step": 2,
+    },
+    "phimoe": {**_LOCAL, "num_experts_per_tok": 2},
+}
+
+
 @functools.cache
 def make_model(model_type):
     """The model in float32, with random biases of selection, and the folder it was saved in."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**{**_COMMON, **TINY[model_type]})
+    numbers = {**TINY, **EXAMPLES}[model_type]
+    config = CONFIG_MAPPING[model_type](**{**_COMMON, **numbers})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     model.set_experts_implementation("eager")
     with torch.no_grad():
