@@ -247,8 +247,8 @@ def test_lowering_for_other_platforms(platform, backend):
     products on as they are, two of them and their four transposes; `blocks` is loops."""
     hidden_states, input_ids = make_inputs()
     for dtype in (jnp.float32, jnp.bfloat16):
-        parameters, forward, gradient = functions(make_block(bx, "top_k", backend))
-        parameters = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), parameters)
+        block = bx.cast(make_block(bx, "top_k", backend), dtype)
+        parameters, forward, gradient = functions(block)
         arguments = (parameters, hidden_states.astype(dtype), input_ids)
         for function, products in ((forward, 2), (gradient, 6)):
             traced = jax.jit(function).trace(*arguments)

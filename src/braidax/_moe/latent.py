@@ -41,8 +41,11 @@ class LatentProjection(eqx.Module):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
-        """**Arguments:** the two widths, the `dtype` of the weights, by default JAX's own, and the
-        `key` for the weights, uniform within +-1/sqrt(fan-in).
+        """**Arguments:**
+
+        - `hidden_size`, `latent_size`: widths of the model, and of its routed experts.
+        - `dtype`: of the weights; by default JAX's own.
+        - `key`: for the weights, uniform within +-1/sqrt(fan-in).
 
         **Raises:** `ValueError` or `TypeError` naming the argument.
         """
@@ -55,16 +58,9 @@ class LatentProjection(eqx.Module):
         bound = latent**-0.5
         self.up = jax.random.uniform(up_key, (hidden, latent), dtype, -bound, bound)
 
-    def before(self, hidden_states: Float[Array, "*batch hidden"]) -> Float[Array, "*batch latent"]:
-        """`hidden_states` for the experts, in their dtype."""
-        return _product(hidden_states, self.down).astype(hidden_states.dtype)
 
-    def after(self, output: Float[Array, "*batch latent"]) -> Float[Array, "*batch hidden"]:
-        """The experts' `output` for the model, in float32 or wider."""
-        return _product(output, self.up)
-
-
-def _product(
+def project(
     rows: Float[Array, "*batch size_in"], matrix: Float[Array, "size_out size_in"]
 ) -> Float[Array, "*batch size_out"]:
+    """Every row times a matrix, in float32 or wider."""
     return jnp.matmul(rows, matrix.T, preferred_element_type=accumulation_dtype(rows, matrix))

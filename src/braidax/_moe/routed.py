@@ -21,7 +21,7 @@ from .._experts import AbstractExperts, Experts
 from .._replay import replayed
 from .._router import AbstractRouter, router_from_config
 from .._routing import Routing, without_identity, zero_masked
-from .latent import LatentProjection
+from .latent import LatentProjection, project
 
 _SORTED = SortedDispatch()
 
@@ -191,9 +191,10 @@ def _experts_sum(
     if block.latent is None:
         output, dropped = block.dispatch(block.experts, hidden_states, computing)
     else:
-        rows = block.latent.before(zero_masked(hidden_states, routing.mask))
+        rows = project(zero_masked(hidden_states, routing.mask), block.latent.down)
+        rows = rows.astype(hidden_states.dtype)
         output, dropped = block.dispatch(block.experts, rows, computing)
-        output = block.latent.after(output)
+        output = project(output, block.latent.up)
     if kept is not None:
         handed_on = kept[..., None] * zero_masked(hidden_states, routing.mask)
         output = output + handed_on.astype(output.dtype)
