@@ -1,6 +1,7 @@
 """The loop over blocks: which rows make a block, and where its results are written."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,12 +9,15 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int
 
+from .stacks import GroupSums
+
 LARGEST_BLOCK = 512
+_AT_ONCE = 4  # off the CPU: the host waits for the device once a turn
 _UNKNOWN_MEAN = 51  # rows of a group where a program is exported for any number of tokens
 
 
 class _Blocks(NamedTuple):
-    """Where each block lies. Entries past `count` are padding and never read."""
+    """Where each block lies. Entries past `count` hold no rows."""
 
     count: Int[Array, ""]
     group: Int[Array, " blocks"]
@@ -71,57 +75,86 @@ def block_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
 
 def loop_over_blocks(
     group_sizes: Int[Array, " groups"],
+    num_rows: int,
     row_outputs: tuple[Float[Array, "rows _"], ...],
     group_sums: tuple[Float[Array, "groups ..."], ...],
     read: Callable[[Array], Any],
     compute: Callable[[Window, Any, tuple[Array, ...]], tuple[tuple, tuple]],
     *,
-    num_rows: int | None = None,
+    sum_dtype: jnp.dtype | None = None,
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """`row_outputs` and `group_sums` with the results of every block written into them.
+
+    A CPU takes the smallest of several sizes for each block. An accelerator has one size, because
+    the host would have to choose, and takes several blocks in a turn.
 
     **Arguments:**
 
     - `group_sizes`: int32 `(groups,)`.
+    - `num_rows`: of all arrays of rows.
     - `row_outputs`: arrays `(rows, _)`. A block's rows are replaced by its results.
-    - `group_sums`: arrays `(groups, ...)` of zeros. The results of a group's blocks add up.
+    - `group_sums`: arrays `(groups, ...)` of zeros. The results of a group's blocks add up, in
+        `sum_dtype`, and are rounded once.
     - `read(group)`: what all sizes of a block need of its group.
     - `compute(window, what was read, row_outputs)`: results for the rows of the window, and terms
         of the group's sums.
-    - `num_rows`: needed without row outputs.
     """
-    num_rows = row_outputs[0].shape[0] if num_rows is None else num_rows
     if num_rows == 0:
         return row_outputs, group_sums
     sizes = block_sizes(num_rows, group_sizes.shape[0])
-    largest = sizes[-1]
-    blocks = _plan(group_sizes, num_rows, largest)
 
-    def step(i, carry):
-        row_outputs, group_sums = carry
-        start, stop, group = blocks.start[i], blocks.stop[i], blocks.group[i]
-        matrices = read(group)
-        whole = _window(start, stop, largest, num_rows)
+    def loop(sizes, at_once, row_outputs, group_sums):
+        blocks = _plan(group_sizes, num_rows, sizes[-1], at_once)
+        step = partial(_step, blocks, sizes, num_rows, read, compute)
 
-        def at_size(size):
-            window = _window(start, stop, size, num_rows)
-            results, terms = compute(window, matrices, row_outputs)
-            return tuple(_place(r, largest, window.begin - whole.begin) for r in results), terms
+        def turn(i, carry):
+            for offset in range(at_once):
+                carry = step(i * at_once + offset, *carry)
+            return carry
 
-        results, terms = _at_smallest_size(sizes, stop - start, at_size)
-        written = map(_write, row_outputs, results, [whole] * len(results))
-        added = map(_add, group_sums, terms, [group] * len(terms), [blocks.first[i]] * len(terms))
-        return tuple(written), tuple(added)
+        sums = tuple(GroupSums.of(stack, sum_dtype) for stack in group_sums)
+        turns = -(-blocks.count // at_once)
+        row_outputs, sums = jax.lax.fori_loop(0, turns, turn, (row_outputs, sums))
+        return row_outputs, tuple(total.stacked() for total in sums)
 
-    return jax.lax.fori_loop(0, blocks.count, step, (row_outputs, group_sums))
+    # One at a time with sums: XLA's rematerialization takes each update of a stack for a new one.
+    at_once = 1 if group_sums else _AT_ONCE
+    return jax.lax.platform_dependent(
+        *(row_outputs, group_sums),
+        cpu=partial(loop, sizes, 1),
+        default=partial(loop, sizes[-1:], at_once),
+    )
 
 
-def _plan(group_sizes: Int[Array, " groups"], num_rows: int, block_size: int) -> _Blocks:
+def _step(
+    blocks: _Blocks, sizes, num_rows: int, read, compute, i: Array, row_outputs, sums
+) -> tuple[tuple, tuple]:
+    """`row_outputs` and `sums` with the results of block `i` in them."""
+    start, stop, group = blocks.start[i], blocks.stop[i], blocks.group[i]
+    matrices = read(group)
+    whole = _window(start, stop, sizes[-1], num_rows)
+
+    def at_size(size):
+        window = _window(start, stop, size, num_rows)
+        results, terms = compute(window, matrices, row_outputs)
+        return tuple(_place(r, sizes[-1], window.begin - whole.begin) for r in results), terms
+
+    results, terms = _at_smallest_size(sizes, stop - start, at_size)
+    written = map(_write, row_outputs, results, [whole] * len(results))
+    added = (s.add(term, group, blocks.first[i]) for s, term in zip(sums, terms, strict=True))
+    return tuple(written), tuple(added)
+
+
+def _plan(
+    group_sizes: Int[Array, " groups"], num_rows: int, block_size: int, at_once: int = 1
+) -> _Blocks:
+    """The blocks of all groups, and entries without rows up to a multiple of `at_once`."""
     num_groups = group_sizes.shape[0]
     group_stops = jnp.cumsum(group_sizes, dtype=jnp.int32)
     blocks_per_group = -(-group_sizes // block_size)
     last_blocks = jnp.cumsum(blocks_per_group, dtype=jnp.int32)
-    block = jnp.arange(num_rows // block_size + num_groups, dtype=jnp.int32)
+    most = -(-(num_rows // block_size + num_groups) // at_once) * at_once
+    block = jnp.arange(most, dtype=jnp.int32)
     group = jnp.searchsorted(last_blocks, block, side="right").astype(jnp.int32)
     group = jnp.minimum(group, num_groups - 1)
     within = block - (last_blocks - blocks_per_group)[group]
@@ -157,10 +190,3 @@ def _write(array: Array, result: Array, window: Window) -> Array:
     """Only the block's own rows are written: its window reaches into its neighbours'."""
     result = jnp.where(window.live(), result, window.take(array, array.dtype))
     return jax.lax.dynamic_update_slice_in_dim(array, result, window.begin, 0)
-
-
-def _add(sums: Array, term: Array, group: Array, first: Array) -> Array:
-    """A group's first block replaces the zeros, and the later ones add to it."""
-    previous = jax.lax.dynamic_index_in_dim(sums, group, keepdims=False)
-    term = jnp.where(first, term, previous + term)
-    return jax.lax.dynamic_update_index_in_dim(sums, term, group, 0)

@@ -49,7 +49,7 @@ class Blocks(AbstractGroupedMatmul):
             return (dot(window.take(rows, dtype), matrix, 1, 1 if transposed else 0),), ()
 
         read = partial(of_group, weight, dtype=dtype)
-        outputs, _ = loop_over_blocks(group_sizes, (output,), (), read, compute)
+        outputs, _ = loop_over_blocks(group_sizes, rows.shape[0], (output,), (), read, compute)
         return outputs[0].astype(out_dtype)
 
     @partial(jax.jit, static_argnames=("self", "out_dtype"))
@@ -57,16 +57,15 @@ class Blocks(AbstractGroupedMatmul):
         """As `AbstractGroupedMatmul.outer`."""
         dtype = accumulation_dtype(left, right)
         shape = (group_sizes.shape[0], left.shape[1], right.shape[1])
-        sums = (jax.lax.full_like(left, 0, dtype, shape),)
+        sums = (jax.lax.full_like(left, 0, out_dtype, shape),)
 
         def compute(window: Window, nothing: None, outputs: tuple[Array, ...]):
             taken = (window.take_live(rows).astype(dtype) for rows in (left, right))
             return (), (dot(*taken, 0, 0),)
 
-        _, sums = loop_over_blocks(
-            group_sizes, (), sums, lambda group: None, compute, num_rows=left.shape[0]
-        )
-        return sums[0].astype(out_dtype)
+        operands = (group_sizes, left.shape[0], (), sums, lambda group: None, compute)
+        _, sums = loop_over_blocks(*operands, sum_dtype=dtype)
+        return sums[0]
 
     @partial(jax.jit, static_argnames=("self", "activation"))
     def forward(self, rows, weights, group_sizes, activation):
@@ -85,7 +84,8 @@ class Blocks(AbstractGroupedMatmul):
             return (_through(block, matrices, activation)[0],), ()
 
         read, dtype = _reader(rows, weights)
-        outputs, _ = loop_over_blocks(group_sizes, (rows.astype(dtype),), (), read, compute)
+        outputs = (rows.astype(dtype),)
+        outputs, _ = loop_over_blocks(group_sizes, num_rows, outputs, (), read, compute)
         return outputs[0]
 
     @partial(jax.jit, static_argnames=("self", "activation"))
@@ -98,7 +98,7 @@ class Blocks(AbstractGroupedMatmul):
         def compute(window: Window, matrices: FeedForwardWeights, outputs: tuple[Array, ...]):
             return _through(window.take(rows, dtype), matrices, activation), ()
 
-        return loop_over_blocks(group_sizes, outputs, (), read, compute)[0]
+        return loop_over_blocks(group_sizes, rows.shape[0], outputs, (), read, compute)[0]
 
     @partial(jax.jit, static_argnames=("self", "activation"))
     def backward(self, rows, weights, group_sizes, before, cotangent, activation):
@@ -106,7 +106,7 @@ class Blocks(AbstractGroupedMatmul):
         read, dtype = _reader(rows, weights)
         narrow = jnp.result_type(rows, weights.up)
         present, tree = jax.tree.flatten(weights)
-        sums = tuple(jax.lax.full_like(rows, 0, dtype, weight.shape) for weight in present)
+        sums = tuple(jax.lax.full_like(rows, 0, weight.dtype, weight.shape) for weight in present)
 
         def compute(window: Window, matrices: FeedForwardWeights, outputs: tuple[Array, ...]):
             # A block's cotangent is replaced by that of its rows, in place.
@@ -124,9 +124,8 @@ class Blocks(AbstractGroupedMatmul):
             )
             return (dot(inner, matrices.up, 1, 0),), tuple(jax.tree.leaves(terms))
 
-        outputs = (cotangent.astype(dtype),)
-        outputs, sums = loop_over_blocks(group_sizes, outputs, sums, read, compute)
-        sums = [total.astype(weight.dtype) for total, weight in zip(sums, present, strict=True)]
+        operands = (group_sizes, len(rows), (cotangent.astype(dtype),), sums, read, compute)
+        outputs, sums = loop_over_blocks(*operands, sum_dtype=dtype)
         return outputs[0].astype(rows.dtype), tree.unflatten(sums)
 
 

@@ -1,7 +1,8 @@
-"""Reading one matrix of a stack, inside of a loop over groups."""
+"""Reading one matrix of a stack, and summing one, inside of a loop over groups."""
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,14 +36,56 @@ def part_of_group(
     dtype: jnp.dtype,
 ) -> Float[Array, "a b"]:
     """The part of one matrix of `stack` that starts at `begin` and has `shape`, in `dtype`."""
-    narrow = stack.dtype
     row, column = (jnp.asarray(index, group.dtype) for index in begin)
-    if narrow.itemsize >= 4:
-        return jax.lax.dynamic_slice(stack, (group, row, column), (1, *shape))[0].astype(dtype)
-    # XLA:CPU slices narrow floats by widening the whole stack, once, before the loop. It does not
-    # do so for integers. The barrier keeps XLA from moving the conversion out of the loop.
-    stack, group = jax.lax.optimization_barrier((stack, group))
-    integer = {1: jnp.uint8, 2: jnp.uint16}[narrow.itemsize]
-    bits = jax.lax.bitcast_convert_type(stack, integer)
-    part = jax.lax.dynamic_slice(bits, (group, row, column), (1, *shape))[0]
-    return jax.lax.bitcast_convert_type(part, narrow).astype(dtype)
+    if stack.dtype.itemsize < 4:
+        # The barrier keeps XLA from moving the conversion out of the loop.
+        stack, group = jax.lax.optimization_barrier((stack, group))
+    part = jax.lax.dynamic_slice(as_bits(stack), (group, row, column), (1, *shape))[0]
+    return from_bits(part, stack.dtype).astype(dtype)
+
+
+def as_bits(array: Float[Array, "..."]) -> Array:
+    """`array` if its numbers have 32 bits or more, otherwise its bits as integers.
+
+    XLA:CPU slices and updates narrow floats by widening the whole stack. It does not do so for
+    integers."""
+    integers = {1: jnp.uint8, 2: jnp.uint16}
+    size = array.dtype.itemsize
+    return jax.lax.bitcast_convert_type(array, integers[size]) if size in integers else array
+
+
+def from_bits(bits: Array, dtype: jnp.dtype) -> Float[Array, "..."]:
+    """The numbers of `as_bits`, which were of `dtype`."""
+    return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
+
+
+class GroupSums(eqx.Module):
+    """A stack of sums, and the sum of the group in work where the stack is narrower.
+
+    The blocks of a group follow each other, so one wide sum serves all groups in turn."""
+
+    stack: Array
+    total: Array | None
+    dtype: jnp.dtype = eqx.field(static=True)
+
+    @staticmethod
+    def of(stack: Array, dtype: jnp.dtype | None) -> "GroupSums":
+        """Sums in `dtype` on top of `stack`, which is 0."""
+        total = None
+        if stack.dtype != dtype:
+            total = jax.lax.full_like(stack, 0, dtype, stack.shape[1:])
+        return GroupSums(as_bits(stack), total, stack.dtype)
+
+    def add(self, term: Array, group: Array, first: Array) -> "GroupSums":
+        """A group's first block replaces what was there, and the later ones add to it."""
+        previous = self.total
+        if previous is None:
+            previous = jax.lax.dynamic_index_in_dim(self.stack, group, keepdims=False)
+        total = jnp.where(first, term, previous + term)
+        rounded = as_bits(total.astype(self.dtype))
+        stack = jax.lax.dynamic_update_index_in_dim(self.stack, rounded, group, 0)
+        return GroupSums(stack, None if self.total is None else total, self.dtype)
+
+    def stacked(self) -> Array:
+        """The sums of all groups."""
+        return from_bits(self.stack, self.dtype)

@@ -1,0 +1,101 @@
+"""The loop over blocks, and the turns that an accelerator takes, which run here on the CPU."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close
+
+import braidax as bx
+from braidax._matmul import FeedForwardWeights
+
+HIDDEN, INTERMEDIATE = 6, 5
+# A group of many blocks, one without rows, one row, one without rows at the end; 9 rows of nobody.
+GROUP_SIZES = np.array([70, 0, 1, 20, 0], np.int32)
+NUM_ROWS = int(GROUP_SIZES.sum()) + 9
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@pytest.fixture(params=["cpu", "accelerator"])
+def blocks(request, monkeypatch):
+    """`blocks(method)` is that method of `Blocks()` as it is lowered for the platform."""
+    if request.param == "accelerator":
+        monkeypatch.setattr(
+            jax.lax, "platform_dependent", lambda *operands, default, **others: default(*operands)
+        )
+    # Without the library's own `jax.jit`, which would remember the program of the other platform.
+    return lambda method, *operands, **options: jax.jit(
+        partial(getattr(bx.matmul.Blocks, method).__wrapped__, bx.matmul.Blocks(), **options)
+    )(*operands)
+
+
+def by_group(function):
+    """`function(group, rows of the group)` of every group."""
+    stops = np.cumsum(GROUP_SIZES)
+    return [function(g, slice(stops[g] - GROUP_SIZES[g], stops[g])) for g in range(len(stops))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_platform_gives_the_products_of_the_groups(blocks, dtype):
+    # bfloat16 holds these integers, and float32 their sums, so no entry is rounded.
+    draw = partial(np.random.default_rng(0).integers, -4, 5)
+    rows, other = draw(size=(NUM_ROWS, HIDDEN)), draw(size=(NUM_ROWS, INTERMEDIATE))
+    stack = draw(size=(len(GROUP_SIZES), HIDDEN, INTERMEDIATE))
+    rows_, other_, stack_ = (jnp.asarray(array, dtype) for array in (rows, other, stack))
+    options = {"transposed": False, "out_dtype": jnp.dtype("float32")}
+    product = np.asarray(blocks("multiply", rows_, stack_, GROUP_SIZES, **options))
+    want = np.concatenate(by_group(lambda g, own: rows[own] @ stack[g]))
+    np.testing.assert_array_equal(product[: len(want)], want)
+    sums = blocks("outer", rows_, other_, GROUP_SIZES, out_dtype=jnp.dtype(dtype))
+    assert sums.dtype == dtype
+    want = np.stack(by_group(lambda g, own: rows[own].T @ other[own]))
+    np.testing.assert_array_equal(
+        np.asarray(sums, "float32"), np.asarray(jnp.asarray(want, dtype), "float32")
+    )
+
+
+def test_every_platform_gives_the_same_network(blocks):
+    """Forward and backward against the derivative of dense products, with NaN in rows of nobody."""
+    rows, cotangent = random(1, NUM_ROWS, HIDDEN), random(2, NUM_ROWS, HIDDEN)
+    groups, activation = len(GROUP_SIZES), bx.activations.swiglu(0.4)
+    shapes = ((2 * INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (2 * INTERMEDIATE,), (HIDDEN,))
+    weights = (random(3 + i, groups, *shape) for i, shape in enumerate(shapes))
+    weights = FeedForwardWeights(*(jnp.asarray(weight, "float32") for weight in weights))
+    rows, cotangent = (jnp.asarray(array, "float32") for array in (rows, cotangent))
+    owner = np.repeat(np.arange(groups), GROUP_SIZES)
+
+    def dense(rows, weights):
+        up, down, up_bias, down_bias = (weight[owner] for weight in weights)
+        before = jnp.einsum("rh,rih->ri", rows, up) + up_bias
+        inner = activation(*jnp.split(before, 2, axis=1))
+        return jnp.einsum("ri,rih->rh", inner, down) + down_bias, before
+
+    count = len(owner)
+    (want, before), transpose = jax.vjp(dense, rows[:count], weights)
+    gradients = transpose((cotangent[:count], jnp.zeros_like(before)))
+    poisoned = rows.at[count:].set(jnp.nan)
+    output, saved = blocks("forward_saving", poisoned, weights, GROUP_SIZES, activation=activation)
+    assert_close(output[:count], want)
+    assert_close(saved[:count], before)
+    operands = (poisoned, weights, GROUP_SIZES, saved, cotangent)
+    d_rows, d_weights = blocks("backward", *operands, activation=activation)
+    for ours, theirs in zip(
+        (d_rows[:count], *d_weights), (gradients[0], *gradients[1]), strict=True
+    ):
+        assert_close(ours, theirs)
+
+
+def test_narrow_gradients_are_rounded_once(blocks):
+    """256 + 1 + 1, each in a block of its own: bfloat16 holds 258, and 256 + 1 rounds to 256."""
+    num_rows = 3 * 512
+    right = np.zeros((num_rows, 1), np.float32)
+    right[[0, 600, 1200], 0] = 256, 1, 1
+    left = jnp.ones((num_rows, 1), jnp.bfloat16)
+    right = jnp.asarray(right, jnp.bfloat16)
+    sizes, dtype = jnp.array([num_rows], jnp.int32), jnp.dtype(jnp.bfloat16)
+    assert float(blocks("outer", left, right, sizes, out_dtype=dtype)[0, 0, 0]) == 258
