@@ -90,6 +90,20 @@ def test_every_platform_gives_the_same_network(blocks):
         assert_close(ours, theirs)
 
 
+def test_every_platform_decodes_alike(blocks):
+    """Three rows for five groups: one of nobody, whose NaN must not reach the others."""
+    sizes, owner = np.array([0, 1, 0, 0, 1], np.int32), np.array([1, 4])
+    up, down = random(7, 5, 2 * INTERMEDIATE, HIDDEN), random(8, 5, INTERMEDIATE, HIDDEN)
+    rows = random(9, 3, HIDDEN)
+    rows[2] = np.nan
+    weights = FeedForwardWeights(jnp.asarray(up, "float32"), jnp.asarray(down, "float32"))
+    options = {"activation": bx.activations.swiglu()}
+    output = blocks("forward", jnp.asarray(rows, "float32"), weights, sizes, **options)
+    gate, value = np.split(np.einsum("rh,rih->ri", rows[:2], up[owner]), 2, axis=1)
+    want = np.einsum("ri,rih->rh", gate / (1 + np.exp(-gate)) * value, down[owner])
+    assert_close(output[:2], want)
+
+
 def test_narrow_gradients_are_rounded_once(blocks):
     """256 + 1 + 1, each in a block of its own: bfloat16 holds 258, and 256 + 1 rounds to 256."""
     num_rows = 3 * 512

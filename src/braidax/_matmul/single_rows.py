@@ -77,7 +77,13 @@ def _products(rows, stack, group, count, *, transposed: bool):
     # Like the rows: inside `jax.shard_map` a carry has to vary over the mesh as they do.
     padded = -(-num_rows * parts // _AT_ONCE) * _AT_ONCE
     outputs = jax.lax.full_like(rows, 0, rows.dtype, (padded, size_out))
-    outputs = jax.lax.fori_loop(0, -(-count * parts // _AT_ONCE), step, outputs)
+    turns = jax.lax.platform_dependent(
+        -(-count * parts // _AT_ONCE),
+        cpu=lambda turns: turns,
+        # A known number: the host of an accelerator need not wait for each turn.
+        default=lambda turns: jax.lax.full_like(turns, padded // _AT_ONCE),
+    )
+    outputs = jax.lax.fori_loop(0, turns, step, outputs)
     return outputs[: num_rows * parts].reshape(num_rows, parts, size_out).sum(1)
 
 
