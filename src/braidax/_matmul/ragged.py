@@ -5,10 +5,13 @@ import importlib
 from types import ModuleType
 from typing import ClassVar
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from .base import AbstractGroupedMatmul
+from .mosaic import attached_gpu
 from .network import accumulation_dtype
 
 
@@ -74,18 +77,30 @@ class Ragged(AbstractRagged):
 class Tokamax(AbstractRagged):
     """The kernels of tokamax, an optional dependency.
 
-    tokamax chooses a Pallas kernel by device, type and shape, and `jax.lax.ragged_dot_general`
-    for all others: on a CPU always.
+    tokamax chooses by the attached device, by dtype and by shape. Where no kernel of its own fits,
+    `jax.lax.ragged_dot_general` takes over: on a CPU always, and on a GPU as a *dense* product.
+
+    On a Blackwell GPU products of 16-bit numbers are rounded to 16 bits, because the kernel there
+    has no float32 results.
+
+    - `implementation`: the name of one of tokamax's kernels, such as `"mosaic"` or `"triton"`. A
+        named kernel that does not fit raises `NotImplementedError`, and nothing takes over.
 
     **Raises:** `ImportError` at construction if tokamax is not installed.
     """
+
+    implementation: str | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         _require_tokamax()
 
     def ragged_dot_general(self, *operands, **options) -> Array:
         """tokamax's function of that name."""
-        return _require_tokamax().ragged_dot_general(*operands, **options)
+        capability = getattr(attached_gpu(), "compute_capability", "")
+        if capability.startswith("10."):
+            options["preferred_element_type"] = jnp.result_type(*operands[:2])
+        general = _require_tokamax().ragged_dot_general
+        return general(*operands, implementation=self.implementation, **options)
 
 
 def _require_tokamax() -> ModuleType:
