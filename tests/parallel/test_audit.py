@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from collectives import collectives, sent
 from meshes import make_mesh
 
 import braidax as bx
@@ -16,46 +17,12 @@ from braidax._parallel.plan import bytes_forward, working_bytes
 from braidax._parallel.shards import CHUNK
 
 HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, TOKENS = 128, 20, 16, 2, 64
-EXCHANGES = (bx.exchange.Gather(), bx.exchange.AllToAll(1.5), bx.exchange.Ragged())
-NAMES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-ITEM = {"f32": 4, "s32": 4, "pred": 1, "bf16": 2}
-
-
-def collectives(text):
-    """`(name, [(dtype, shape)], devices in a group)` of every collective of a program that moves
-    anything."""
-    pattern = re.compile(rf"= (.*?) ({'|'.join(NAMES)})(?:-start)?\((.*)$", re.MULTILINE)
-    for results, name, rest in pattern.findall(text):
-        shapes = [
-            (dtype, tuple(int(n) for n in shape.split(",") if n))
-            for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", results)
-        ]
-        group = group_size(rest)
-        if group > 1:
-            yield name, shapes, group
-
-
-def group_size(text):
-    """Devices in a group: of a list of groups, of a grid, or of some axes of a mesh."""
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return len(found[1].split(","))
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
-        return int(found[1])
-    found = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-    return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", found[2]))
+EXCHANGES = (bx.exchange.Gather(), bx.exchange.AllToAll(1.5))
 
 
 def flat(text):
     """`(name, shape)` of every array that a collective moves."""
     return [(name, moved) for name, shapes, _ in collectives(text) for _, moved in shapes]
-
-
-def sent(name, shapes, group):
-    """Bytes that one device sends in a ring: the usual cost of each collective."""
-    total = sum(ITEM[dtype] * math.prod(shape) for dtype, shape in shapes)
-    factor = {"all-gather": 1 / group, "reduce-scatter": 1, "all-to-all": 1 / group}
-    return total * (group - 1) * factor[name]
 
 
 @functools.cache
@@ -101,7 +68,7 @@ def token_traffic(found):
         ("explicit", (2, 2)),
     ],
 )
-@pytest.mark.parametrize("exchange", EXCHANGES[:2], ids=repr)
+@pytest.mark.parametrize("exchange", EXCHANGES, ids=repr)
 def test_only_what_was_written(exchange, kind, shape):
     size, tokens = shape[1], local_tokens(shape)
     sizes = Sizes(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, tokens, 4)
@@ -140,15 +107,12 @@ def test_only_what_was_written(exchange, kind, shape):
 @pytest.mark.parametrize("shape", [pytest.param((1, 4), marks=pytest.mark.slow), (2, 2)])
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=repr)
 def test_the_planner_knows_what_is_held(exchange, shape):
-    """Temporary memory of the compiled forward pass; on a CPU, where `ragged` is emulated."""
+    """Temporary memory of the compiled forward pass. `Ragged` is emulated here, and holds more than
+    on the GPUs of tests/accelerators."""
     sizes = Sizes(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, local_tokens(shape), 4)
     planned = working_bytes(exchange, sizes, shape[1], CHUNK)
     memory = compile_block(exchange, shape, False).memory_analysis()
-    # `blocks` holds one chunk of rows, over which it writes their outputs, and nothing of
-    # intermediate width.
-    in_place = math.ceil(CHUNK * sizes.tokens * SLOTS) * 4 * (HIDDEN + 3 * INTERMEDIATE)
-    # Not all of that is alive at once; what is not planned for is small.
-    assert 0.7 * (planned - in_place) < memory.temp_size_in_bytes < 1.15 * planned
+    assert memory.temp_size_in_bytes == pytest.approx(planned, rel=0.1)
     arguments = 4 * EXPERTS // shape[1] * 3 * HIDDEN * INTERMEDIATE
     arguments += 4 * HIDDEN * (EXPERTS + sizes.tokens)  # the router and the tokens
     assert memory.argument_size_in_bytes == pytest.approx(arguments, rel=1e-3)

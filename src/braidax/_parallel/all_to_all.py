@@ -69,5 +69,4 @@ class AllToAll(AbstractExchange):
 
     def rows_held(self, sizes: Sizes, size: int) -> tuple[int, int]:
         """As `AbstractExchange.rows_held`."""
-        rows = size * self.slots(sizes.tokens, sizes.experts_per_token, size)
-        return rows, rows
+        return 0, size * self.slots(sizes.tokens, sizes.experts_per_token, size)

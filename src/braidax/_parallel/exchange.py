@@ -83,4 +83,4 @@ class AbstractExchange(eqx.Module):
 
     @abc.abstractmethod
     def rows_held(self, sizes: Sizes, size: int) -> tuple[int, int]:
-        """Rows of the buffers that one of `size` devices sends from and receives into."""
+        """Rows that one of `size` devices has to send, and has received, while its experts run."""

@@ -27,4 +27,4 @@ class Gather(AbstractExchange):
 
     def rows_held(self, sizes: Sizes, size: int) -> tuple[int, int]:
         """As `AbstractExchange.rows_held`."""
-        return sizes.tokens, size * sizes.tokens
+        return 0, size * sizes.tokens

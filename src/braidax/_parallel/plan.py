@@ -94,7 +94,7 @@ def plan(
         >>> config = bx.MoEConfig.deepseek_v4_flash()
         >>> plan = bx.plan(config, 8, tokens_per_device=8192, bandwidth=450e9, flops=400e12)
         >>> print([row for row in plan.rows if row.size == 8][1])
-         8  AllToAll        157.8          0.359             0.755        1.61        5.79
+         8  AllToAll        157.8          0.359             0.755        1.61        3.02
     """
     devices = positive_integer("devices", devices)
     tokens = positive_integer("tokens_per_device", tokens_per_device)
@@ -126,11 +126,12 @@ def bytes_forward(exchange: AbstractExchange, sizes: Sizes, size: int) -> float:
 
 
 def working_bytes(exchange: AbstractExchange, sizes: Sizes, size: int, chunk: float) -> int:
-    """The largest buffers of the forward pass: tokens and sums on both sides of the exchange, and
-    one chunk of assignments in the experts: rows, outputs and what is of intermediate width. The
-    kernel `Blocks` holds only the rows, over which it writes the outputs."""
-    assignment = sizes.hidden * (sizes.item + _SUM)
-    assignment += sizes.intermediate * (2 * _SUM + sizes.item)
+    """The largest buffers of the forward pass: rows of the exchange with their sums, and one chunk
+    of assignments in the experts, rows and outputs. Checked against compiled programs.
+
+    What is of intermediate width is not counted. `Blocks` never stores it, and of `Mosaic` it is
+    smaller than what is gone by then."""
+    held = sum(exchange.rows_held(sizes, size))
     own = math.ceil(chunk * sizes.tokens * sizes.experts_per_token)
-    rows = sum(exchange.rows_held(sizes, size))
-    return rows * sizes.hidden * (sizes.item + _SUM) + own * assignment
+    own = min(own, held * sizes.experts_per_token)  # no more than arrive
+    return (held + own) * sizes.hidden * (sizes.item + _SUM)

@@ -18,6 +18,9 @@ class Ragged(AbstractExchange):
 
     The receive buffer holds the worst case, every token of the expert axis; the traffic is that of
     the real rows.
+
+    On GPUs set `--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true` in `XLA_FLAGS`.
+    Without the flag others saw wrong gradients in the first backward pass (marin issue 8077).
     """
 
     def __call__(self, shard, tokens, indices, weights):
