@@ -15,6 +15,7 @@ nox.options.error_on_missing_interpreters = True  # never a silent skip
 PROJECT = nox.project.load_toml("pyproject.toml")
 # Each process takes neighbours, which share what they have compiled, until there is none left.
 PYTEST = ("pytest", "-n", "auto", "--dist", "worksteal", "--durations=25")
+OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # the programs that a user gets
 LINTED = ("src", "tests", "notebooks", "docs", "noxfile.py")
 
 
@@ -73,6 +74,17 @@ def tests_lowest(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def accelerators(session: nox.Session) -> None:
+    """Compile whole layers for GPUs and a TPU that are not here: memory, kernels, collectives.
+
+    `cuda12-local` is the compiler without CUDA's libraries, and `tpu` is libtpu, both of the
+    versions that belong to jax."""
+    session.install("-e", ".", *group("test"), "jax[cuda12-local,tpu]")
+    environment = {**OPTIMIZED, "JAX_PLATFORMS": "cpu"}
+    session.run(*PYTEST, "tests/accelerators", *session.posargs, env=environment)
+
+
+@nox.session(default=False)
 def notebooks(session: nox.Session) -> None:
     """Execute every notebook in a fresh kernel; `-- --write` keeps the new outputs."""
     session.install("-e", ".[plot,progress]", *group("notebooks"))
@@ -96,8 +108,7 @@ def parity(session: nox.Session) -> None:
     for requirement in group("parity"):
         session.install(requirement)
     session.install("-e", ".", *group("test"))
-    optimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # the numbers that a user gets
-    session.run("pytest", "tests/parity", *session.posargs, env=optimized)
+    session.run("pytest", "tests/parity", *session.posargs, env=OPTIMIZED)
 
 
 @nox.session(default=False, venv_backend="virtualenv")
