@@ -1,6 +1,7 @@
 """The benchmarks: they compute what they say, and the method is the one that they promise."""
 
 import itertools
+import json
 import pathlib
 import sys
 
@@ -9,11 +10,14 @@ import oracle
 import pytest
 from cases import assert_close
 
+import braidax as bx
+
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "benchmarks"))
 
 import interleaving  # noqa: E402
 import jax_candidates  # noqa: E402
 import layer_speed  # noqa: E402
+import on_device  # noqa: E402
 import workloads  # noqa: E402
 
 TINY = workloads.Workload("tiny", 8, 4, 5, 2, 6)
@@ -82,7 +86,8 @@ def test_what_is_timed_is_the_layer_and_its_gradients():
     tokens, *others, cotangent = (np.asarray(getattr(arrays, name), np.float64) for name in names)
     given = (tokens, arrays.indices, *others, workloads.LIMIT)
     want = oracle.block_and_gradients(*given, cotangent)
-    calls = jax_candidates.layers(TINY, arrays, "forward+backward", ["Auto"])
+    kernels = jax_candidates.named(["Auto"])
+    calls = jax_candidates.layers(TINY, arrays, "forward+backward", kernels)
     output, (experts, *gradients) = calls["braidax Auto"]()
     found = (output, *gradients, experts.gate_up, experts.down)
     for ours, theirs in zip(found, want, strict=True):
@@ -96,3 +101,42 @@ def test_a_group(run, monkeypatch):
     (line,) = run(["decode"], ["forward"], ["Ragged"], 1)
     assert line.split()[:2] == ["tiny", "forward"]
     assert "threads: " in layer_speed.header()
+
+
+class Doubled(bx.matmul.Ragged):
+    """A kernel that is wrong."""
+
+    def ragged_dot_general(self, *operands, **options):
+        return 2 * super().ragged_dot_general(*operands, **options)
+
+
+class Broken(bx.matmul.Ragged):
+    """A kernel that does not run."""
+
+    def ragged_dot_general(self, *operands, **options):
+        raise NotImplementedError("not here")
+
+
+def test_on_a_device_only_what_is_right_is_timed(monkeypatch, tmp_path, capsys):
+    tiny = TINY._replace(dtype="bfloat16")
+    kernels = {"Auto": bx.matmul.Auto(), "doubled": Doubled(), "broken": Broken()}
+    kernels = {name: (kernel, None) for name, kernel in kernels.items()}
+    monkeypatch.setattr(on_device, "kernels", lambda: kernels)
+    monkeypatch.setattr(on_device, "CHECKED", tiny)
+    monkeypatch.setattr(on_device, "SMALL", (tiny,))
+    path = tmp_path / "found.json"
+    found = on_device.main(["--small", "--rounds", "1", "--json", str(path)])
+    assert [check["right"] for check in found["checks"]] == [True, False, False]
+    assert "NotImplementedError: not here" in found["checks"][2]["error"]
+    assert json.loads(path.read_text()) == found
+    timed = [(row["direction"], row["candidate"]) for row in found["times"] if "median" in row]
+    ours = [(direction, "Auto") for direction in workloads.DIRECTIONS]
+    assert [row for row in timed if not row[1].startswith(("torch", "product"))] == ours
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
+    assert all(line.count("|") == 7 for line in lines)
+
+
+def test_nothing_starts_after_the_time_is_up(monkeypatch):
+    monkeypatch.setattr(on_device, "check", list)
+    found = on_device.main(["--small", "--minutes", "0"])
+    assert found["times"] == [] and len(found["left out"]) == len(workloads.DIRECTIONS)

@@ -1,6 +1,6 @@
 """Candidates of JAX: our experts, our router, and what bounds them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,18 @@ import braidax as bx
 
 
 def compiled(
-    function: Callable[..., Any], inputs: Any, *others: Any, cotangent: Any = None
+    function: Callable[..., Any],
+    inputs: Any,
+    *others: Any,
+    cotangent: Any = None,
+    flags: Mapping[str, Any] | None = None,
 ) -> Call:
-    """A call of `function(*inputs, *others)`, compiled. With a cotangent it returns the gradients
-    of `inputs` too. Every array is an argument of the compiled function."""
+    """A call of `function(*inputs, *others)`, compiled with `flags` of XLA. With a cotangent it
+    returns the gradients of `inputs` too. Every array is an argument of the compiled function."""
     arrays, rest = eqx.partition((inputs, others, cotangent), eqx.is_array)
     leaves, structure = jax.tree.flatten(arrays)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=flags)
     def run(*leaves):
         inputs, others, cotangent = eqx.combine(jax.tree.unflatten(structure, leaves), rest)
         if cotangent is None:
@@ -46,8 +50,17 @@ def parts(workload: Workload, arrays: Arrays) -> tuple[bx.AbstractRouter, bx.Abs
     return router, stack
 
 
+def named(names: Sequence[str]) -> dict[str, bx.AbstractGroupedMatmul]:
+    """The kernels of the library that have these names."""
+    return {f"braidax {name}": getattr(bx.matmul, name)() for name in names}
+
+
 def layers(
-    workload: Workload, arrays: Arrays, direction: str, matmuls: Sequence[str]
+    workload: Workload,
+    arrays: Arrays,
+    direction: str,
+    matmuls: Mapping[str, bx.AbstractGroupedMatmul],
+    flags: Mapping[str, Any] | None = None,
 ) -> dict[str, Call]:
     """Dispatch, experts and combine of the given routing, by every one of `matmuls`. Backward,
     with the gradients of every expert weight, of hidden states and of routing weights.
@@ -66,10 +79,9 @@ def layers(
 
     inputs = (experts, hidden_states, jnp.asarray(arrays.weights))
     calls = {}
-    for name in matmuls:
-        dispatch = bx.SortedDispatch(getattr(bx.matmul, name)())
-        others = (router, routing, dispatch)
-        calls[f"braidax {name}"] = compiled(layer, inputs, *others, cotangent=cotangent)
+    for name, matmul in matmuls.items():
+        others = (router, routing, bx.SortedDispatch(matmul))
+        calls[name] = compiled(layer, inputs, *others, cotangent=cotangent, flags=flags)
     if direction == "forward":
         calls["routing"] = compiled(lambda router, tokens: router(tokens), (router, hidden_states))
     return calls

@@ -64,7 +64,8 @@ def beside_peers(groups: Names, directions: Names, matmuls: Names, rounds: int) 
     ]
     for workload, direction in tasks:
         arrays = make_arrays(workload)
-        calls = jax_candidates.layers(workload, arrays, direction, matmuls)
+        kernels = jax_candidates.named(matmuls)
+        calls = jax_candidates.layers(workload, arrays, direction, kernels)
         calls |= jax_candidates.bounds(workload, arrays, direction)
         if peers is not None:
             calls |= peers.candidates(workload, arrays, direction)
@@ -89,7 +90,8 @@ def across_workloads(
             samplers = {}
             for workload in GROUPS[group]:
                 arrays = make_arrays(workload)
-                calls = jax_candidates.layers(workload, arrays, direction, matmuls)
+                kernels = jax_candidates.named(matmuls)
+                calls = jax_candidates.layers(workload, arrays, direction, kernels)
                 samplers[workload.name] = sampler(next(iter(calls.values())))
             timings = interleave(samplers, rounds)
             first = next(iter(timings.values())).median

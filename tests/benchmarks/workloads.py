@@ -89,24 +89,31 @@ class Arrays(NamedTuple):
     cotangent: np.ndarray
 
 
-def make_arrays(workload: Workload) -> Arrays:
-    """Random arrays of unit activations; the experts of a token are distinct."""
-    rng = np.random.default_rng(0)
-    _, hidden, intermediate, experts, slots, tokens, *_ = workload
+def make_indices(workload: Workload, rng: np.random.Generator) -> np.ndarray:
+    """The experts of every token, int32 `(tokens, experts_per_token)`, distinct."""
+    experts = workload.experts
     popularity = {
         "uniform": np.zeros(experts),
         "zipf": -np.log(np.arange(1, experts + 1)),
         "same": -1e3 * np.arange(experts),
     }[workload.load]
     # The largest of perturbed logits: a draw without replacement.
-    perturbed = popularity + rng.gumbel(size=(tokens, experts))
+    perturbed = popularity + rng.gumbel(size=(workload.tokens, experts))
+    return np.argsort(-perturbed, axis=1)[:, : workload.experts_per_token].astype(np.int32)
+
+
+def make_arrays(workload: Workload) -> Arrays:
+    """Random arrays of unit activations; the experts of a token are distinct."""
+    rng = np.random.default_rng(0)
+    _, hidden, intermediate, experts, slots, tokens, *_ = workload
+    indices = make_indices(workload, rng)
     normal = partial(rng.standard_normal, dtype=np.float32)
     return Arrays(
         hidden_states=normal((tokens, hidden)),
         gate=normal((experts, hidden)) * hidden**-0.5,
         gate_up=normal((experts, 2, intermediate, hidden)) * hidden**-0.5,
         down=normal((experts, intermediate, hidden)) * intermediate**-0.5,
-        indices=np.argsort(-perturbed, axis=1)[:, :slots].astype(np.int32),
+        indices=indices,
         weights=rng.random((tokens, slots), np.float32),
         cotangent=normal((tokens, hidden)),
     )
