@@ -102,6 +102,11 @@ def test_a_limit_is_positive(unchecked, make, limit):
         make(limit)
 
 
+def test_gpt_oss_without_a_limit():
+    value = bx.activations.gpt_oss(None)(jnp.float32(20.0), jnp.float32(20.0))
+    np.testing.assert_allclose(value, 420.0, rtol=1e-6)
+
+
 def test_geglu_takes_a_bool(unchecked):
     with pytest.raises(TypeError, match="`approximate` must be"):
         bx.activations.geglu(approximate=1)

@@ -133,6 +133,14 @@ def test_experts_that_hand_a_token_on(backend):
     assert load.sum() == SLOTS * MASK.sum() and int(routing.dropped) == 0
 
 
+def test_a_token_of_nobody_may_hold_anything_beside_experts_that_do_nothing():
+    block = make_routed("blocks", num_identity=IDENTITY)
+    routing = bx.over_capacity(block.router(jnp.ones((2, HIDDEN))), 0)
+    hidden_states = jnp.full((2, HIDDEN), jnp.nan)
+    output, vjp = jax.vjp(lambda h: block(h, routing=routing)[0], hidden_states)
+    assert not output.any() and not vjp(jnp.ones_like(output))[0].any()
+
+
 def test_all_parts_at_once_under_vmap():
     """`jax.vmap` of the block is the block of a batch."""
     latent = bx.LatentProjection(HIDDEN, LATENT, key=KEYS[4])

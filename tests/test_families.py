@@ -1,6 +1,7 @@
 """Families from their files, against what transformers computed: torch is not needed."""
 
 import json
+import re
 
 import equinox as eqx
 import golden
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import braidax as bx
+from braidax._checkpoint.safetensors_reader import read_header
 from braidax._checkpoint.safetensors_writer import write_safetensors
 from braidax._families import MODEL_TYPES
 
@@ -48,8 +50,10 @@ def test_saved_and_loaded_again(model_type, folder, tmp_path):
     config = bx.MoEConfig.from_hf(folder)
     path = tmp_path / "again" / "layer.safetensors"
     path.parent.mkdir()
-    bx.save_moe(path, block, kept.layer_idx, model_type=model_type)
-    tensors = bx.to_state_dict(block, model_type=model_type)
+    bx.save_moe(path, block, kept.layer_idx, model_type=config.model_type)
+    unused = {name for name in kept.tensors if re.search(r"experts\.(8|9|10|11)\.", name)}
+    assert read_header(path).keys() == kept.tensors.keys() - unused
+    tensors = bx.to_state_dict(block, model_type=config.model_type)
     for again in (
         bx.load_moe(path, kept.layer_idx, config=config),
         bx.from_state_dict(config, kept.layer_idx, tensors),
@@ -121,6 +125,8 @@ WRONG = [
     ({**ERNIE, "num_hidden_layers": None}, "`num_hidden_layers` must be an integer"),
     (NEMOTRON, "`layers_block_type` must be a list"),
     ({**QWEN, "hidden_act": "gelu"}, "`hidden_act` must be one of silu. Got 'gelu'"),
+    ({**V3, "moe_layer_freq": 2}, "`moe_layer_freq` must be one of 1. Got 2"),
+    ({**V3, "model_type": "deepseek_v2", "norm_topk_prob": True}, "must be one of False. Got True"),
     ({**QWEN, "num_experts_per_tok": [2, 4]}, "must be the same in every layer"),
 ]
 
@@ -200,3 +206,27 @@ def test_mxfp4_as_gpt_oss_has_it(tmp_path):
     hidden_states = rng.standard_normal((5, 32)).astype(np.float32)
     bound = 1e-5 * np.abs(block(hidden_states)[0]).max()
     np.testing.assert_allclose(packed(hidden_states)[0], block(hidden_states)[0], 0, bound)
+    # Two numbers a byte, and no parameter is a scale: 2 x (64 x 32 + 32 x 32), gate and biases.
+    (layer,) = bx.Checkpoint(path).summary().layers
+    assert layer.parameters == 6144 + 66 + 128 + 64
+
+
+def test_a_layer_of_prediction_is_no_layer_of_the_model(tmp_path):
+    """As Qwen3-Next has it: `mtp.layers.0` beside `model.layers.0`."""
+    kept = golden.load("families/qwen3_next")
+    (tmp_path / "config.json").write_text(json.dumps(kept.config))
+    predicting = {f"mtp.{name.removeprefix('model.')}": t for name, t in kept.tensors.items()}
+    write_safetensors(tmp_path / "model.safetensors", {**kept.tensors, **predicting})
+    bx.load_moe(tmp_path, kept.layer_idx)
+    summary = bx.Checkpoint(tmp_path).summary()
+    assert [layer.name for layer in summary.layers] == ["layers.1", "mtp.1"]
+    assert summary.active == summary.layers[0].active
+
+
+def test_every_parameter_is_in_the_summary_of_the_block(tmp_path):
+    for model_type in ("nemotron_h", "qwen2_moe"):
+        kept = golden.load(f"families/{model_type}")
+        config = bx.MoEConfig.from_hf(kept.config)
+        block = bx.RoutedAndSharedMoE.from_config(config, 1, key=jax.random.key(0))
+        leaves = jax.tree.leaves(eqx.filter(block, eqx.is_inexact_array))
+        assert bx.summary(block).parameters == sum(leaf.size for leaf in leaves)

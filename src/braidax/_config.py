@@ -139,7 +139,7 @@ class MoEConfig:
             >>> [bx.MoEConfig.deepseek_v3().is_moe_layer(layer_idx) for layer_idx in range(5)]
             [False, False, False, True, True]
         """
-        return _static(layer_idx) not in self.dense_layers
+        return _static(layer_idx) not in self.dense_layers and self.num_experts != 0
 
     @classmethod
     def from_hf(cls, source: Any) -> "MoEConfig":

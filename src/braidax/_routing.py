@@ -128,8 +128,10 @@ def count_nobody(indices: Indices, mask: Mask | None, num_experts: int) -> Int[A
     return jnp.sum(nobody if mask is None else nobody & mask[..., None], dtype=jnp.int32)
 
 
-def without_identity(routing: Routing, num_identity: int) -> tuple[Routing, Float[Array, "*batch"]]:
-    """`routing` over the experts that compute, and each token's weight of those that do not.
+def without_identity(
+    routing: Routing, num_identity: int
+) -> tuple[Routing, Bool[Array, "*batch experts_per_token"]]:
+    """`routing` over the experts that compute, and which assignments are to those that do not.
 
     The last `num_identity` experts hand a token on as it is. Their assignments need no row, so they
     become nobody's."""
@@ -143,7 +145,7 @@ def without_identity(routing: Routing, num_identity: int) -> tuple[Routing, Floa
         routing.mask,
         routing.dropped,
     )
-    return computing, jnp.where(identity, routing.weights, 0).sum(axis=-1)
+    return computing, identity
 
 
 def zero_masked(

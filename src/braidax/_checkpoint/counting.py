@@ -98,7 +98,10 @@ def _counts(stored: Mapping[str, StoredTensor], family: Family) -> dict[str, _Co
     counts, scales = {}, set()
     for name, tensor in stored.items():
         stem, num_bytes = name.removesuffix(".weight"), tensor.stop - tensor.start
-        own = [stem + ending for ending in family.scale_endings if stem + ending in stored]
+        candidates = [stem + ending for ending in family.scale_endings]
+        if name.endswith("_blocks"):  # the 4-bit stacks of GPT-OSS
+            candidates.append(f"{name.removesuffix('_blocks')}_scales")
+        own = [scale for scale in candidates if scale in stored]
         scales.update(own)
         if own and tensor.dtype in FP4_TYPES:
             counts[name] = _Count("FP4", num_bytes, 2 * num_bytes)

@@ -34,7 +34,7 @@ def find_layer(
     if prefixes is None:
         numbers = [number for word, number in layers if word == family.layers]
         found = f"the layers {min(numbers)} to {max(numbers)}" if numbers else "no layer at all"
-        must = f"be in the checkpoint, with an {' or '.join(family.blocks)}"
+        must = f"be in the checkpoint, with {family.released('gate.weight')} or another part"
         raise tensors.mistake(what, must, found)
     mixtures = [prefix for prefix, names in prefixes.items() if _has_gate(family, names)]
     if len(mixtures) > 1:

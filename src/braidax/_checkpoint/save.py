@@ -44,7 +44,7 @@ def save_moe(
     - `layer_idx`: from 0; part of the names.
     - `quantization`: `None`, `"fp4"` or `"fp8"`. `"fp4"` stores the experts as DeepSeek-V4 does,
         FP4 in groups of 32, and the shared expert FP8 in 128x128. `"fp8"` stores both as FP8. The
-        router is never quantized. Families that store their experts as one stack have `None`.
+        router is never quantized. Only layers of DeepSeek-V4 can be quantized.
     - `model_type`: of the family.
 
     **Raises:** `TypeError` for another kind of layer. `ValueError` for a file name that does not
@@ -93,8 +93,8 @@ def _check(path: str, arrays: Mapping[str, Any], quantization: str | None, famil
     if quantization is not None:
         must = "be None for packed experts, which are quantized already"
         check(not is_packed, "quantization", must, repr(quantization))
-        must = f"be None for the stacked experts of {family.model_type}"
-        check(not is_stacked, "quantization", must, repr(quantization))
+        must = f"be None for a {family.model_type}"
+        check(family.writes_quantized, "quantization", must, repr(quantization))
     must = f"not be packed, to be written as {family.model_type}"
     check(not (is_packed and is_stacked), "moe", must, "packed experts")
     must = "have a finite selection bias"

@@ -84,7 +84,7 @@ def geglu(*, approximate: bool = True) -> _GeGLU:
 class _GptOss(eqx.Module):
     """What `gpt_oss` returns: a module without arrays."""
 
-    limit: float = eqx.field(static=True)
+    limit: float | None = eqx.field(static=True)
     slope: float = eqx.field(static=True)
 
     def __call__(
@@ -95,8 +95,10 @@ class _GptOss(eqx.Module):
         return gate * jax.nn.sigmoid(self.slope * gate) * (up + 1)
 
 
-def gpt_oss(limit: float | int = 7.0, slope: float | int = 1.702) -> _GptOss:
+def gpt_oss(limit: float | int | None = 7.0, slope: float | int = 1.702) -> _GptOss:
     """`gate * sigmoid(slope * gate) * (up + 1)`, with gate and up clamped as in `swiglu(limit)`.
+
+    `limit` and `slope` are the numbers in it; a `limit` of `None` is no clamp.
 
     **Raises:** `ValueError` or `TypeError` unless `limit` and `slope` are positive numbers.
 
@@ -108,7 +110,8 @@ def gpt_oss(limit: float | int = 7.0, slope: float | int = 1.702) -> _GptOss:
         >>> round(float(bx.activations.gpt_oss()(jnp.array(9.0), jnp.array(-9.0))), 4)
         -41.9997
     """
-    return _GptOss(positive_number("limit", limit), positive_number("slope", slope))
+    limit = None if limit is None else positive_number("limit", limit)
+    return _GptOss(limit, positive_number("slope", slope))
 
 
 class _ReluSquared(eqx.Module):

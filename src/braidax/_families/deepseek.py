@@ -66,6 +66,7 @@ DEEPSEEK = Family(
         "scoring_func": {None: {}, "sqrtsoftplus": {}, "sigmoid": {}, "softmax": {}},
         "hidden_act": {"silu": {}},
         "topk_method": {"noaux_tc": {}, "greedy": {}},
+        "moe_layer_freq": {1: {}},
     },
     dense_layers=first_layers_dense(0),
     prefix="",
@@ -82,26 +83,33 @@ DEEPSEEK = Family(
         **STACKED_EXPERTS,
     },
     ignored={"gate.bias_vl": "it is for image tokens"},
+    writes_quantized=True,
 )
 
+# These are released in the names of transformers' modules.
+_AS_MODULES = {key: (names[-1], *names) for key, names in DEEPSEEK.spellings.items()}
 DEEPSEEK_V3 = dataclasses.replace(
     DEEPSEEK,
     model_types={"deepseek_v3": _V3, "deepseek_v32": _V3, "kimi_k2": _V3},
     dense_layers=first_layers_dense(3),
+    prefix="model.",
+    blocks=("mlp", "ffn"),
+    spellings=_AS_MODULES,
+    scale_endings=(".weight_scale_inv", ".scale", "_scale_inv"),
+    writes_quantized=False,
 )
 GLM = dataclasses.replace(
-    DEEPSEEK, model_types={"glm4_moe": _GLM}, dense_layers=first_layers_dense(1)
+    DEEPSEEK_V3, model_types={"glm4_moe": _GLM}, dense_layers=first_layers_dense(1)
 )
 DOTS = dataclasses.replace(
-    DEEPSEEK,
+    DEEPSEEK_V3,
+    dense_layers=first_layers_dense(0),
     model_types={"dots1": _GLM | {"num_shared_experts": 0, "normalize": False}},
 )
 
-_V2_SPELLINGS = {
-    k: v for k, v in DEEPSEEK.spellings.items() if k not in ("selection_bias", "table")
-}
 DEEPSEEK_V2 = dataclasses.replace(
-    DEEPSEEK,
+    DEEPSEEK_V3,
+    dense_layers=first_layers_dense(0),
     model_types={"deepseek_v2": _V2},
     values={
         "scoring_func": {"softmax": {}},
@@ -112,11 +120,10 @@ DEEPSEEK_V2 = dataclasses.replace(
             "group_limited_greedy": {"group_score": "max"},
         },
         # Two released codes disagree about what it would mean.
-        "norm_topk_prob": {False: {}},
+        "norm_topk_prob": {False: {}, None: {}},
+        "moe_layer_freq": {1: {}},
     },
     spellings={
-        key: names
-        for key, names in DEEPSEEK.spellings.items()
-        if key not in ("selection_bias", "table")
+        key: names for key, names in _AS_MODULES.items() if key not in ("selection_bias", "table")
     },
 )

@@ -61,6 +61,7 @@ class Family:
     - `scale_endings`: what the name of a scale ends with, in place of `.weight` or nothing.
     - `stored_transposed`: a stack in floating point is stored as (size_in, size_out).
     - `interleaved`: rows of a stack take turns, gate before up. Else all gate rows come first.
+    - `writes_quantized`: whether this library can write the release's FP4 and FP8.
     - `selection_bias_rows`: whether that bias is stored as one row, `(1, experts)`.
     - `layers` is the word before a layer's number, `prediction_layers` before that of a layer of
       multi-token prediction.
@@ -83,6 +84,7 @@ class Family:
     stored_transposed: bool = False
     interleaved: bool = False
     selection_bias_rows: bool = False
+    writes_quantized: bool = False
     layers: str = "layers"
     prediction_layers: str = "mtp"
 
@@ -103,6 +105,8 @@ class Family:
         found: Layers = {}
         for match in filter(None, map(pattern.fullmatch, names)):
             prefix, word, number, rest = match.groups()
+            if f".{self.prediction_layers}." in f".{prefix}":  # as in `mtp.layers.0.`
+                word = self.prediction_layers
             found.setdefault((word, int(number)), {}).setdefault(prefix, []).append(rest)
         return found
 

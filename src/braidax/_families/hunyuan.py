@@ -15,7 +15,7 @@ HUNYUAN = Family(
     },
     keys={
         **SIZES,
-        "intermediate_size": ("intermediate_size",),
+        "intermediate_size": ("intermediate_size", "moe_intermediate_size"),
         "num_experts": ("num_experts",),
         "num_experts_per_token": ("moe_topk",),
     },

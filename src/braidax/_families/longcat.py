@@ -27,6 +27,7 @@ LONGCAT = Family(
     values={
         "hidden_act": {"silu": {}},
         "router_bias": {False: {}},
+        "norm_topk_prob": {False: {}},
         "zero_expert_type": {"identity": {}},
     },
     blocks=("mlp",),

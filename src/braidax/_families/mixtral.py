@@ -31,5 +31,13 @@ MINIMAX_M2 = dataclasses.replace(
     model_types={
         "minimax_m2": {"num_shared_experts": 0, "score_function": "sigmoid", "normalize": True}
     },
+    # transformers' code reads none of these keys.
+    values={
+        "hidden_act": {"silu": {}},
+        "scoring_func": {"sigmoid": {}},
+        "norm_topk_prob": {True: {}},
+        "routed_scaling_factor": {1.0: {}},
+        "shared_intermediate_size": {0: {}},
+    },
     spellings={**MIXTRAL.spellings, "selection_bias": ("e_score_correction_bias",)},
 )

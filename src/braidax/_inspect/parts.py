@@ -79,8 +79,12 @@ def count_block(path: str, block: RoutedMoE | RoutedAndSharedMoE) -> BlockSummar
         count_part("router", routed.router, stacked),
         count_part("experts", routed.experts, stacked + 1, (chosen, num_experts)),
     ]
+    if routed.latent is not None:
+        parts.append(count_part("latent", routed.latent, stacked))
     if isinstance(block, RoutedAndSharedMoE):
         parts.append(count_part("shared", block.shared, stacked))
+        if block.shared_gate is not None:
+            parts.append(count_part("shared gate", block.shared_gate, stacked))
     return BlockSummary(
         path=path,
         module=type(block).__name__,
@@ -128,7 +132,7 @@ def count_part(
             backward += count if packed else 2 * count
     return PartSummary(
         name=name,
-        module=type(module).__name__,
+        module="Array" if is_array(module) else type(module).__name__,
         shapes=shapes,
         parameters=parameters,
         active=parameters * used // of,

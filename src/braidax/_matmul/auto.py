@@ -95,7 +95,8 @@ class Auto(AbstractGroupedMatmul):
     def backward(self, rows, weights, group_sizes, before, cotangent, activation):
         """As `AbstractGroupedMatmul.backward`."""
         operands = (rows, weights, group_sizes, before, cotangent)
-        return self._lowered("backward", weights.up.dtype, *operands, activation=activation)
+        dtype = weights.up.dtype
+        return self._lowered("cleared_backward", dtype, *operands, activation=activation)
 
     def _lowered(self, method: str, dtype: DTypeLike, *operands, **options):
         """`method` of the kernel for the platform, chosen at lowering: JAX lowers no other."""

@@ -1,9 +1,11 @@
 """The contract of a grouped product: every row times the matrix of its group."""
 
 import abc
+from functools import partial
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
@@ -124,6 +126,22 @@ class AbstractGroupedMatmul(eqx.Module):
         return network.backward(
             *products, rows, weights, group_sizes, before, cotangent, activation
         )
+
+    def cleared_backward(
+        self,
+        rows: Float[Array, "rows hidden"],
+        weights: FeedForwardWeights,
+        group_sizes: Int[Array, " groups"],
+        before: Float[Array, "rows up"],
+        cotangent: Float[Array, "rows hidden"],
+        activation: Activation,
+    ) -> tuple[Float[Array, "rows hidden"], FeedForwardWeights]:
+        """As `backward` for `rows`, `weights`, `group_sizes`, `before`, `cotangent` and
+        `activation`, `(rows, _)`, with rows of nobody 0 and groups without rows 0."""
+        operands = (rows, weights, group_sizes, before, cotangent)
+        rows, weights = self.backward(*operands, activation)
+        clear = partial(self.clear_empty, group_sizes=group_sizes)
+        return clear_nobody(rows, group_sizes), jax.tree.map(clear, weights)
 
     def cleared_multiply(
         self,

@@ -201,9 +201,7 @@ def _feed_forward_forward(kernel, rows, weights, group_sizes, activation):
 def _feed_forward_backward(kernel, activation, residuals, cotangent):
     def fused(rows, weights, group_sizes, before, cotangent):
         operands = (rows, weights, group_sizes, before, cotangent)
-        rows, weights = kernel.backward(*operands, activation)
-        clear = partial(kernel.clear_empty, group_sizes=group_sizes)
-        return clear_nobody(rows, group_sizes), jax.tree.map(clear, weights)
+        return kernel.cleared_backward(*operands, activation)
 
     multiply, outer = _closed_products(kernel)
     composed = partial(network.backward, multiply, outer, activation=activation)

@@ -185,9 +185,9 @@ def _experts_sum(
 ) -> tuple[Float[Array, "*batch hidden"], Int[Array, ""]]:
     """The dispatch, inside of a projection, beside the experts that hand a token on as it is."""
     if block.num_identity_experts:
-        computing, kept = without_identity(routing, block.num_identity_experts)
+        computing, identity = without_identity(routing, block.num_identity_experts)
     else:
-        computing, kept = routing, None
+        computing, identity = routing, None
     if block.latent is None:
         output, dropped = block.dispatch(block.experts, hidden_states, computing)
     else:
@@ -195,9 +195,11 @@ def _experts_sum(
         rows = rows.astype(hidden_states.dtype)
         output, dropped = block.dispatch(block.experts, rows, computing)
         output = project(output, block.latent.up)
-    if kept is not None:
-        handed_on = kept[..., None] * zero_masked(hidden_states, routing.mask)
-        output = output + handed_on.astype(output.dtype)
+    if identity is not None:
+        kept = jnp.where(identity, routing.weights, 0).sum(axis=-1, keepdims=True)
+        # Tokens that no such expert has may hold anything: a select, because 0 * NaN is NaN.
+        tokens = jnp.where(identity.any(axis=-1, keepdims=True), hidden_states, 0)
+        output = output + (kept * tokens).astype(output.dtype)
     return output, dropped
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from .._checks import floating_dtype, positive_integer, positive_number
-from .._config import MoEConfig
+from .._config import MoEConfig, activation
+from .._matmul import num_inputs
 from .all_to_all import AllToAll
 from .exchange import AbstractExchange, Sizes
 from .gather import Gather
@@ -101,9 +102,11 @@ def plan(
     bandwidth = positive_number("bandwidth", bandwidth)
     flops = positive_number("flops", flops)
     item = floating_dtype("dtype", dtype).itemsize
-    widths = (config.hidden_size, config.intermediate_size)
+    latent = config.latent_size
+    widths = (config.hidden_size if latent is None else latent, config.intermediate_size)
     sizes = Sizes(*widths, config.num_experts, config.num_experts_per_token, tokens, item)
-    matrices = 3 * sizes.hidden * sizes.intermediate
+    parts = num_inputs(activation(config.activation, config.swiglu_limit)) + 1
+    matrices = parts * sizes.hidden * sizes.intermediate
     rows = []
     for size in range(1, devices + 1):
         if devices % size or sizes.experts % size:
