@@ -176,6 +176,7 @@ def test_text(tmp_path):
     assert lines[-1] == "1,494,020 parameters, 904,196 active for a token"
 
 
+@pytest.mark.slow
 def test_seventy_thousand_tensors_in_seconds_and_not_minutes(tmp_path):
     """46 shards by hand, their data a hole in the file: only headers can be read in that time."""
     weight_map = {}

@@ -307,6 +307,7 @@ def make_router_of(kind, sizes):
     return bx.TopKRouter(hidden, experts, slots, key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_a_jitted_call_can_be_exported_donated_and_run_without_jit():
     block = bx.top_k_moe(12, 7, 5, 3, key=jax.random.key(0))
     hidden_states, _ = make_inputs((6,))

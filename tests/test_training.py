@@ -210,6 +210,7 @@ def test_a_run_that_ended_without_a_word_resumes_exactly(finished_run, tmp_path,
     assert_same_files(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_told_to_stop_resumes_exactly(finished_run, tmp_path):
     settings, whole, _ = finished_run
     values = dataclasses.asdict(settings).items()
