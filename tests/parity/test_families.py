@@ -92,7 +92,7 @@ def test_every_layer(model_type, record):
         theirs = first(module(given))
         theirs.backward(torch.from_numpy(cotangent))
         ours, gradient, hidden_gradient = output_and_vjp(block, hidden_states, cotangent)
-        named = bx.to_state_dict(gradient, model_type=model_type)
+        named = bx.to_state_dict(gradient, model_type=config.model_type)
         wanted = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
         errors = {
             "output": error(ours, theirs),
@@ -115,7 +115,7 @@ def test_a_state_dict_of_transformers_both_ways(model_type):
     for layer_idx in mixtures(model):
         theirs = {k: v.numpy() for k, v in reference(model, layer_idx).state_dict().items()}
         block = bx.from_state_dict(config, layer_idx, theirs)
-        ours = bx.to_state_dict(block, model_type=model_type)
+        ours = bx.to_state_dict(block, model_type=config.model_type)
         assert set(ours) == set(theirs)
         for name, tensor in ours.items():
             np.testing.assert_array_equal(tensor, theirs[name][: len(tensor)], err_msg=name)

@@ -1,12 +1,15 @@
 """Tiny random models of transformers: one a family, with every part of its mixture of experts."""
 
 import functools
+import json
 import pathlib
 import tempfile
 
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from braidax._families import MODEL_TYPES
 
 HIDDEN, VOCAB = 32, 96
 _COMMON = {
@@ -58,7 +61,8 @@ _DEEPSEEK = {
 }
 _GROUPS = {"n_group": 4, "topk_group": 2}
 
-# The model_type of each, and the numbers that differ from the family's own.
+# The name of each, and the numbers that differ from the family's own. The name is its `model_type`,
+# unless it is of the `class` of another one.
 TINY = {
     "mixtral": _LOCAL,
     "qwen2_moe": {**_QWEN, "shared_expert_intermediate_size": 12, "mlp_only_layers": [0]},
@@ -74,6 +78,15 @@ TINY = {
         "topk_method": "group_limited_greedy",
         "n_shared_experts": 2,
     },
+    "deepseek_v2_lite": {
+        **_DEEPSEEK,
+        **_LATENT_ATTENTION,
+        **_GROUPS,  # of which a greedy choice takes no notice
+        "class": "deepseek_v2",
+        "topk_method": "greedy",
+        "n_shared_experts": 2,
+    },
+    "kimi_k2": {**_DEEPSEEK, **_LATENT_ATTENTION, "class": "deepseek_v3"},
     "deepseek_v3": {**_DEEPSEEK, **_LATENT_ATTENTION, **_GROUPS},
     "deepseek_v32": {**_DEEPSEEK, **_LATENT_ATTENTION, **_GROUPS},
     "glm4_moe": {**_DEEPSEEK, "head_dim": 16},
@@ -136,8 +149,8 @@ EXAMPLES = {
 def make_model(model_type):
     """The model in float32, with random biases of selection, and the folder it was saved in."""
     torch.manual_seed(0)
-    numbers = {**TINY, **EXAMPLES}[model_type]
-    config = CONFIG_MAPPING[model_type](**{**_COMMON, **numbers})
+    numbers = dict({**TINY, **EXAMPLES}[model_type])
+    config = CONFIG_MAPPING[numbers.pop("class", model_type)](**{**_COMMON, **numbers})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     model.set_experts_implementation("eager")
     with torch.no_grad():
@@ -152,6 +165,11 @@ def make_model(model_type):
                 tensor.copy_(tensor.half().float())
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f"{model_type}-"))
     model.save_pretrained(folder)
+    if (
+        model_type in MODEL_TYPES
+    ):  # Kimi's releases name their own, and have the class of DeepSeek-V3
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": model_type}))
     return model, folder
 
 
