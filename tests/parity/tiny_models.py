@@ -165,9 +165,8 @@ def make_model(model_type):
                 tensor.copy_(tensor.half().float())
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f"{model_type}-"))
     model.save_pretrained(folder)
-    if (
-        model_type in MODEL_TYPES
-    ):  # Kimi's releases name their own, and have the class of DeepSeek-V3
+    # Kimi-K2 has the class of DeepSeek-V3, under a name of its own.
+    if model_type in MODEL_TYPES:
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": model_type}))
     return model, folder
