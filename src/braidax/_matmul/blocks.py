@@ -124,7 +124,7 @@ class Blocks(AbstractGroupedMatmul):
             )
             return (dot(inner, matrices.up, 1, 0),), tuple(jax.tree.leaves(terms))
 
-        operands = (group_sizes, len(rows), (cotangent.astype(dtype),), sums, read, compute)
+        operands = (group_sizes, rows.shape[0], (cotangent.astype(dtype),), sums, read, compute)
         outputs, sums = loop_over_blocks(*operands, sum_dtype=dtype)
         return outputs[0].astype(rows.dtype), tree.unflatten(sums)
 

@@ -57,7 +57,8 @@ class Ragged(AbstractExchange):
 
     def rows_held(self, sizes: Sizes, size: int) -> tuple[int, int]:
         """As `AbstractExchange.rows_held`."""
-        return sizes.tokens * min(size, sizes.experts_per_token), size * sizes.tokens
+        sent = min(size, sizes.experts_per_token) if size > 1 else 0  # one device keeps its tokens
+        return sizes.tokens * sent, size * sizes.tokens
 
 
 def _starts(sizes: Int[Array, "..."], axis: int) -> Int[Array, "..."]:
