@@ -147,8 +147,8 @@ MUTANTS = (
     Mutant(
         "the slope at the limit is the full one",
         "_experts/activations.py",
-        "gate = jnp.where(gate > self.limit, self.limit, gate)",
-        "gate = jnp.minimum(gate, self.limit)",
+        "jnp.where(gate > limit, limit, gate), up",
+        "jnp.minimum(gate, limit), up",
         ("hazards_precision::the_clamp_at_every_limit",),
     ),
     Mutant(
