@@ -137,6 +137,6 @@ def _require_network(name: str, network: Any, kind: type, family: Family) -> Non
 def _require(condition: bool, name: str, must_be: str, found: object) -> None:
     if not condition:
         raise TypeError(
-            f"`moe.{name}` must be {must_be}: nothing else has a released name. "
+            f"`moe.{name}` must be {must_be}: only these have released names. "
             f"Got {one_line(repr(found))}."
         )
