@@ -26,6 +26,7 @@ RANKS = (
         "_checks",
         "_compiled",
         "_functions",
+        "_initial",
         "_text",
         "_mesh",
         "_atomic_file",

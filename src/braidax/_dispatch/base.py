@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from .._experts import AbstractExperts
-from .._matmul import AbstractGroupedMatmul, Auto
+from .._matmul import AbstractGroupedMatmul, Auto, check_kernel
 from .._router import AbstractRouter
 from .._routing import Routing
 
@@ -88,9 +88,5 @@ def checked_kernel(matmul: AbstractGroupedMatmul | None) -> AbstractGroupedMatmu
 
     **Raises:** `TypeError` otherwise."""
     matmul = Auto() if matmul is None else matmul
-    if not isinstance(matmul, AbstractGroupedMatmul) or matmul.plain:
-        raise TypeError(
-            "`matmul` must be a kernel for groups of any size, as `braidax.matmul.Blocks()`. "
-            f"Got {matmul!r:.60}."
-        )
+    check_kernel("matmul", matmul)
     return matmul

@@ -9,6 +9,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from .._checks import boolean, floating_dtype, last_axis, positive_integer
 from .._functions import as_module
+from .._initial import uniform
 from .._matmul import (
     Activation,
     FeedForwardWeights,
@@ -181,8 +182,8 @@ def _initial(lead, hidden_size, intermediate_size, activation, use_bias, dtype, 
     dtype = floating_dtype("dtype", dtype)
     parts = _num_parts(activation)
     gate_up_key, down_key = jax.random.split(key)
-    gate_up = _uniform(gate_up_key, (*lead, parts, intermediate, hidden), hidden, dtype)
-    down = _uniform(down_key, (*lead, intermediate, hidden), intermediate, dtype)
+    gate_up = uniform(gate_up_key, (*lead, parts, intermediate, hidden), hidden, dtype)
+    down = uniform(down_key, (*lead, intermediate, hidden), intermediate, dtype)
     if not boolean("use_bias", use_bias):
         return gate_up, down, None, None
     biases = (jnp.zeros((*lead, parts, intermediate), dtype), jnp.zeros((*lead, hidden), dtype))
@@ -200,13 +201,6 @@ def _num_parts(activation: Activation) -> int:
             f"Got {activation!r:.60}."
         )
     return parts
-
-
-def _uniform(
-    key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype
-) -> Float[Array, "..."]:
-    bound = fan_in**-0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _merged(gate_up: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from .auto import Auto as Auto
 from .base import AbstractGroupedMatmul as AbstractGroupedMatmul
+from .base import check_kernel as check_kernel
 from .block_loop import LARGEST_BLOCK as LARGEST_BLOCK
 from .blocks import Blocks as Blocks
 from .closure import GroupedMatmul as GroupedMatmul

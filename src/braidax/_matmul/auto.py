@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
-from .base import AbstractGroupedMatmul
+from .base import AbstractGroupedMatmul, check_kernel
 from .blocks import Blocks
 from .mosaic import OLDEST_JAX, Mosaic, attached_gpu
 from .ragged import Ragged
@@ -44,14 +44,8 @@ class Auto(AbstractGroupedMatmul):
     clears_empty_groups: ClassVar[bool] = True  # whichever kernel is chosen clears its own
 
     def __check_init__(self):
-        kernel = self.cuda
-        if kernel is None:
-            return
-        if not isinstance(kernel, AbstractGroupedMatmul) or kernel.plain:
-            raise TypeError(
-                "`cuda` must be a kernel for groups of any size, as `braidax.matmul.Mosaic()`. "
-                f"Got {kernel!r:.60}."
-            )
+        if self.cuda is not None:
+            check_kernel("cuda", self.cuda)
 
     def chosen(
         self, platform: str | None = None, dtype: DTypeLike | None = None

@@ -188,6 +188,15 @@ class AbstractGroupedMatmul(eqx.Module):
         return jnp.where(full, stack, 0)
 
 
+def check_kernel(name: str, kernel: Any) -> None:
+    """`kernel` is one of groups of any size. **Raises:** `TypeError` otherwise."""
+    if not isinstance(kernel, AbstractGroupedMatmul) or kernel.plain:
+        raise TypeError(
+            f"`{name}` must be a kernel for groups of any size, as `braidax.matmul.Blocks()`. "
+            f"Got {kernel!r:.60}."
+        )
+
+
 def clear_nobody(
     rows: Float[Array, "rows size"], group_sizes: Int[Array, " groups"]
 ) -> Float[Array, "rows size"]:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._checks import floating_dtype, positive_integer
+from .._initial import uniform
 from .._matmul import accumulation_dtype
 
 
@@ -53,10 +54,8 @@ class LatentProjection(eqx.Module):
         latent = positive_integer("latent_size", latent_size)
         dtype = floating_dtype("dtype", dtype)
         down_key, up_key = jax.random.split(key)
-        bound = hidden**-0.5
-        self.down = jax.random.uniform(down_key, (latent, hidden), dtype, -bound, bound)
-        bound = latent**-0.5
-        self.up = jax.random.uniform(up_key, (hidden, latent), dtype, -bound, bound)
+        self.down = uniform(down_key, (latent, hidden), hidden, dtype)
+        self.up = uniform(up_key, (hidden, latent), latent, dtype)
 
 
 def project(

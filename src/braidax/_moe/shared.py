@@ -4,14 +4,15 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Integer, PRNGKeyArray
 
 from .._checks import boolean, integer, same_sizes
 from .._compiled import compiled
 from .._config import MoEConfig, activation
 from .._experts import FeedForward
+from .._initial import uniform
 from .._routing import Routing, zero_masked
+from .latent import project
 from .routed import RoutedMoE, have_shapes, routed_sum
 
 
@@ -90,9 +91,8 @@ class RoutedAndSharedMoE(eqx.Module):
         )
         gate = None
         if boolean("use_shared_gate", config.use_shared_gate):
-            bound = config.hidden_size**-0.5
-            shape, kind = (1, config.hidden_size), shared.down.dtype
-            gate = jax.random.uniform(gate_key, shape, kind, -bound, bound)
+            hidden = config.hidden_size
+            gate = uniform(gate_key, (1, hidden), hidden, shared.down.dtype)
         routed = RoutedMoE.from_config(config, layer_idx, dtype=dtype, key=routed_key)
         return cls(routed, shared, shared_gate=gate)
 
@@ -111,7 +111,6 @@ class RoutedAndSharedMoE(eqx.Module):
         tokens = zero_masked(hidden_states, routing.mask)
         shared = self.shared(tokens)
         if self.shared_gate is not None:
-            logits = jnp.matmul(tokens, self.shared_gate.T, preferred_element_type=shared.dtype)
-            shared = shared * jax.nn.sigmoid(logits)
+            shared = shared * jax.nn.sigmoid(project(tokens, self.shared_gate))
         output = output + zero_masked(shared, routing.mask).astype(output.dtype)
         return output.astype(hidden_states.dtype), routing

@@ -10,6 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._checks import boolean, floating_dtype, positive_integer, positive_number, same_sizes
 from .._functions import as_module
+from .._initial import uniform
 from .._routing import HiddenStates, Indices, Scores, Weights
 from .._scoring import normalized, sqrt_softplus
 
@@ -88,8 +89,7 @@ class Gate(eqx.Module):
         experts = positive_integer("num_experts", num_experts)
         hidden = positive_integer("hidden_size", hidden_size)
         dtype = floating_dtype("dtype", dtype)
-        bound = hidden**-0.5
-        self.weight = jax.random.uniform(key, (experts, hidden), dtype, -bound, bound)
+        self.weight = uniform(key, (experts, hidden), hidden, dtype)
         self.bias = jnp.zeros(experts, dtype) if boolean("use_bias", use_bias) else None
         self.score_function = as_module("score_function", score_function)
         self.normalize = boolean("normalize", normalize)
