@@ -33,14 +33,14 @@ def count_checkpoint(
     path: str | os.PathLike[str], tensors: StoredTensors, layer_idx: int | None
 ) -> CheckpointSummary:
     """The summary of `tensors`, which lie at `path`: see `Checkpoint.summary`."""
-    names, per_token, note = list(tensors.files), None, None
-    family = _recognized(names)
+    names, family, per_token, note = list(tensors.files), None, None, None
     try:
         config = MoEConfig.from_hf(tensors.folder)
         family = family_of(config.model_type)
         per_token = positive_integer("num_experts_per_token", config.num_experts_per_token)
     except (FileNotFoundError, TypeError, ValueError) as error:
         note = f"experts per token only known for hash layers: {error}"
+    family = family or _recognized(names)
     if layer_idx is not None:
         what = f"{family.layers}.{layer_idx}"
         names = [name for name in names if f".{what}." in f".{name}"]
@@ -97,11 +97,8 @@ def _counts(stored: Mapping[str, StoredTensor], family: Family) -> dict[str, _Co
     """What each tensor stores. Parameters are counted in numbers, of which FP4 packs two a byte."""
     counts, scales = {}, set()
     for name, tensor in stored.items():
-        stem, num_bytes = name.removesuffix(".weight"), tensor.stop - tensor.start
-        candidates = [stem + ending for ending in family.scale_endings]
-        if name.endswith("_blocks"):  # the 4-bit stacks of GPT-OSS
-            candidates.append(f"{name.removesuffix('_blocks')}_scales")
-        own = [scale for scale in candidates if scale in stored]
+        num_bytes = tensor.stop - tensor.start
+        own = [scale for scale in family.scales_of(name) if scale in stored]
         scales.update(own)
         if own and tensor.dtype in FP4_TYPES:
             counts[name] = _Count("FP4", num_bytes, 2 * num_bytes)

@@ -13,9 +13,6 @@ from .index import StoredTensors
 from .safetensors_reader import StoredTensor, mistake
 from .stored_matrix import FLOATS
 
-# The matrices of one network that an array is made of.
-MATRIX_PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
-
 
 class NamedLayer(NamedTuple):
     """The tensors of one layer, each called `prefix` and one of `names`."""
@@ -115,7 +112,7 @@ def _check_presence(
     num_experts = config.num_experts + config.num_identity_experts
     check_shape(gate, (num_experts, config.hidden_size))
     is_stacked = not STACKED_EXPERTS.keys().isdisjoint(known)
-    is_stacked |= not family.has("experts.{}.down")
+    is_stacked |= not family.parts("experts.down")
     wanted = {part for name in arrays for part in _tensors_of(family, name, config, is_stacked)}
     for key in sorted(known.keys() ^ wanted):
         field = _FIELDS.get(key.split(".")[0], "num_hash_layers")
@@ -132,14 +129,10 @@ def _check_presence(
 
 def _tensors_of(family: Family, name: str, config: MoEConfig, is_stacked: bool) -> list[str]:
     """The tensors that an array of the block is made of."""
-    owner, _, kind = name.partition(".")
-    parts = [part for part in MATRIX_PARTS.get(kind, ()) if family.has(f"{owner}.{part}")]
-    if owner == "shared" and parts and not family.has(name):
-        return [f"shared.{part}" for part in parts]
-    if name not in STACKED_EXPERTS or is_stacked:
-        return [name]
-    parts = [part for part in MATRIX_PARTS[kind] if family.has(f"experts.{{}}.{part}")]
-    return [f"experts.{i}.{part}" for i in range(config.num_experts) for part in parts]
+    parts = family.parts(name)
+    if name in STACKED_EXPERTS and not is_stacked:
+        return [part.replace("{}", str(i)) for i in range(config.num_experts) for part in parts]
+    return [name] if family.has(name) else list(parts)
 
 
 def read_floats(tensor: StoredTensor, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -55,7 +55,7 @@ def leaves(moe: Block, family: Family) -> dict[str, Callable[[Block], Any]]:
     if not isinstance(moe, RoutedMoE):
         _require_network("shared", moe.shared, FeedForward, family)
         paths |= {name: name for name in ("shared.gate_up", "shared.down", "shared_gate")}
-    for name in [name for name in paths if not _has_name(family, name)]:
+    for name in [name for name in paths if not (family.has(name) or family.parts(name))]:
         array = attrgetter(paths[name])(moe)
         # A selection bias of zeros selects as none does.
         is_nothing = array is None or (name == own and _is_zero(array))
@@ -87,7 +87,7 @@ def to_tensors(family: Family, name: str, array: Any) -> dict[str, Any]:
     if name == "selection_bias":
         return {name: array[..., None, :] if family.selection_bias_rows else array}
     if name == "shared.gate_up" and not family.has(name):
-        return {f"shared.{part}": array[..., i, :, :] for i, part in enumerate(parts_of(array))}
+        return {part: array[..., i, :, :] for i, part in enumerate(family.parts(name))}
     in_turns = family.interleaved and name.startswith("experts.")
     if name.endswith("gate_up_bias"):
         array = np.swapaxes(array, -1, -2) if in_turns else array
@@ -110,17 +110,8 @@ def from_rows(family: Family, name: str, array: Any, shape: tuple[int, ...]) -> 
     return np.swapaxes(array.reshape(experts, size, parts, *rest), 1, 2)
 
 
-def parts_of(gate_up: Any) -> tuple[str, ...]:
-    """The words for the parts of such an array, the axis before its matrices."""
-    return ("gate", "up")[-gate_up.shape[-3] :]
-
-
 def _routed(moe: Block) -> RoutedMoE:
     return moe.routed if isinstance(moe, RoutedAndSharedMoE) else moe
-
-
-def _has_name(family: Family, name: str) -> bool:
-    return family.has(name) or (name == "shared.gate_up" and family.has("shared.up"))
 
 
 def _is_zero(array: Any) -> bool:

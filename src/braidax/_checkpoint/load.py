@@ -15,14 +15,13 @@ from .._experts.packed import PackedMatrices
 from .._families import Family
 from .dtypes import DTYPES, FLOAT4
 from .layer import (
-    MATRIX_PARTS,
     NamedLayer,
     check_shape,
     known_tensors,
     read_floats,
     read_table,
 )
-from .leaves import MATRICES, Block, from_rows, leaves, parts_of, skeleton, to_tensors
+from .leaves import MATRICES, Block, from_rows, leaves, skeleton, to_tensors
 from .safetensors_reader import StoredTensor
 from .stored_matrix import FLOATS, StoredMatrix, stored_matrix
 
@@ -58,7 +57,7 @@ def build_moe(
             # A copy: JAX may share memory, which the owner of a file or of an array may change.
             array = jnp.array(array, copy=True)
         elif is_packed and name.startswith("experts."):
-            parts = len(parts_of(like)) if name == "experts.gate_up" else None
+            parts = like.shape[1] if name == "experts.gate_up" else None
             in_turns = family.interleaved and parts is not None
             array = _packed_stack(
                 stacks[name][0], parts=parts, transposed=parts is None, in_turns=in_turns
@@ -89,11 +88,12 @@ def _find_stack(
     owner, kind = name.split(".")
     *lead, rows, columns = shape
     size = (rows, columns) if kind == "gate_up" else (columns, rows)
-    parts = MATRIX_PARTS[kind][-lead[-1] :] if kind == "gate_up" else MATRIX_PARTS[kind]
     if name not in known:
-        owners = ["shared"] if owner == "shared" else [f"experts.{i}" for i in range(shape[0])]
-        return [[found(f"{owner}.{part}", size) for part in parts] for owner in owners], False
-    size = (len(parts) * size[0], size[1])
+        parts, experts = family.parts(name), range(shape[0] if owner == "experts" else 1)
+        stack = [[found(part.replace("{}", str(i)), size) for part in parts] for i in experts]
+        return stack, False
+    if kind == "gate_up":
+        size = (lead[-1] * rows, columns)
     if owner == "shared":
         return [[found(name, size)]], False
     weight = known[name]["weight"]

@@ -13,7 +13,6 @@ from .._families import Family, family_of
 from .._families.family import STACKED_EXPERTS
 from .._moe import RoutedAndSharedMoE, RoutedMoE
 from .dtypes import FLOAT4, SCALE
-from .layer import MATRIX_PARTS
 from .leaves import leaves, to_tensors
 from .quantization import FP4_GROUP, FP8_BLOCK, encode_fp4, encode_fp8
 from .safetensors_writer import Lazy, write_safetensors
@@ -73,12 +72,11 @@ def save_moe(
         encoding = {"experts": quantization, "shared": quantization and "fp8"}.get(owner)
         for key, matrix, scale in _one_by_one(family, name, array):
             spelled = prefix + family.released(key)
-            stem = spelled.removesuffix(".weight")
             if scale is None and encoding is not None:
-                matrix, scale = _encoded(stem, matrix, encoding)
+                matrix, scale = _encoded(spelled.removesuffix(".weight"), matrix, encoding)
             tensors[spelled] = matrix
             if scale is not None:
-                tensors[stem + family.scale_endings[0]] = scale
+                tensors[family.scales_of(spelled)[0]] = scale
     write_safetensors(path, tensors)
 
 
@@ -86,7 +84,7 @@ def _check(path: str, arrays: Mapping[str, Any], quantization: str | None, famil
     """Everything that a writer of `arrays` can refuse before it writes."""
     is_packed = isinstance(arrays["experts.down"], PackedMatrices)
     bias, gate = arrays.get("selection_bias", 0.0), arrays["gate.weight"]
-    is_stacked = not family.has("experts.{}.down")
+    is_stacked = not family.parts("experts.down")
     check(path.endswith(".safetensors"), "path", "end in .safetensors", repr(path))
     known = quantization in _QUANTIZATIONS
     check(known, "quantization", f"be one of {_QUANTIZATIONS}", repr(quantization))
@@ -124,14 +122,13 @@ def _one_by_one(
 
 def _matrices(family: Family, name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """The matrices of a stack if the family stores them one by one, and anything else as it is."""
-    if name not in STACKED_EXPERTS or not family.has("experts.{}.down"):
+    parts = family.parts(name) if name in STACKED_EXPERTS else ()
+    if not parts:
         yield name, array
         return
-    parts = MATRIX_PARTS[name.removeprefix("experts.")]
-    matrices = [part for part in parts if family.has(f"experts.{{}}.{part}")]
     for expert, rows in enumerate(array):
-        for matrix, part in zip(matrices, np.split(rows, len(matrices)), strict=True):
-            yield f"experts.{expert}.{matrix}", part
+        for part, matrix in zip(parts, np.split(rows, len(parts)), strict=True):
+            yield part.replace("{}", str(expert)), matrix
 
 
 def _encoded(name: str, matrix: np.ndarray, quantization: str) -> tuple[Lazy, Lazy]:

@@ -29,6 +29,11 @@ EXPERTS = {
     **STACKED_EXPERTS,
 }
 
+_BLOCKS = "_blocks"  # the 4-bit numbers of a stack, as GPT-OSS has them
+
+# The matrices of one network that an array is made of.
+_PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
+
 # Tensors by layer, as `("layers", 3)`, and in a layer by the prefix that is cut off each name.
 Layers = dict[tuple[str, int], dict[str, list[str]]]
 
@@ -129,18 +134,30 @@ class Family:
         """Whether the family has a tensor of the library's `name`."""
         return _without_number(name)[0] in self.spellings
 
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The tensors that the array `name` is stored as matrix by matrix, such as
+        `experts.{}.gate` and `experts.{}.up`; none if the family has only a stack."""
+        owner, _, kind = name.partition(".")
+        owner = "experts.{}" if owner == "experts" else owner
+        keys = (f"{owner}.{part}" for part in _PARTS.get(kind, ()))
+        return tuple(key for key in keys if key in self.spellings)
+
+    def scales_of(self, name: str) -> tuple[str, ...]:
+        """What the scales of the tensor `name` may be called, the release's word first."""
+        if name.endswith(_BLOCKS):
+            return (name.removesuffix(_BLOCKS) + "_scales",)
+        stem = name.removesuffix(".weight")
+        return tuple(stem + ending for ending in self.scale_endings)
+
     @functools.cached_property
     def _meanings(self) -> dict[str, tuple[str, str]]:
         meanings = {}
         for key, names in self.spellings.items():
+            names = [*names, *(name + _BLOCKS for name in names if key in STACKED_EXPERTS)]
             for name in names:
                 meanings[name] = key, "weight"
-                if key in STACKED_EXPERTS:  # 4-bit numbers, as GPT-OSS has them
-                    meanings[f"{name}_blocks"] = key, "weight"
-                    meanings[f"{name}_scales"] = key, "scale"
                 if key.startswith(("experts.", "shared.")):
-                    for ending in self.scale_endings:
-                        meanings[name.removesuffix(".weight") + ending] = key, "scale"
+                    meanings |= dict.fromkeys(self.scales_of(name), (key, "scale"))
         return meanings
 
 
