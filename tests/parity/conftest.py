@@ -14,6 +14,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors this small are slower on several threads, which compete with those of JAX."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def record(request) -> Callable[[str, str, Mapping[str, float], float], None]:
     """`record(name, configuration, errors, excluded)` adds a row to the table.

@@ -17,18 +17,10 @@ from tiny_models import HIDDEN, TINY, VOCAB, make_model, mixtures
 
 import braidax as bx
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 # What else a layer has: attention, norms, and LongCat's dense networks.
 NOT_A_MIXTURE = re.compile("attn|norm|mlps|mamba|conv|q_proj|k_proj|v_proj|o_proj")
 every_family = pytest.mark.parametrize("model_type", TINY)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small are slower on several threads, which compete with those of JAX."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class WithShared(torch.nn.Module):
