@@ -70,20 +70,20 @@ def upcycle(
 
 
 def _copies(network: FeedForward, count: int, noise: float, key: PRNGKeyArray) -> Experts:
+    """`Experts` whose arrays are those of `network`, `count` times, the matrices with noise."""
     intermediate, hidden = network.down.shape
-    biases = network.gate_up_bias, network.down_bias
-    options = {"activation": network.activation, "use_bias": biases[0] is not None}
+    options = {"activation": network.activation, "use_bias": network.down_bias is not None}
     shapes = eqx.filter_eval_shape(Experts, count, hidden, intermediate, **options, key=key)
 
-    def noisy(array: Array, key: PRNGKeyArray) -> Array:
-        stack = jnp.broadcast_to(array, (count, *array.shape))
-        if not noise:
+    def copied(path: tuple, shape: jax.ShapeDtypeStruct) -> Array:
+        name = path[0].name
+        array = getattr(network, name)
+        stack = jnp.broadcast_to(array, shape.shape)
+        if not noise or name not in keys:
             return stack
-        return (stack * (1 + noise * jax.random.normal(key, stack.shape))).astype(array.dtype)
+        return (stack * (1 + noise * jax.random.normal(keys[name], stack.shape))).astype(
+            array.dtype
+        )
 
-    matrices = map(noisy, (network.gate_up, network.down), jax.random.split(key))
-    copied = (
-        None if bias is None else jnp.tile(bias, (count,) + (1,) * bias.ndim) for bias in biases
-    )
-    arrays = lambda e: (e.gate_up, e.down, e.gate_up_bias, e.down_bias)  # noqa: E731
-    return eqx.tree_at(arrays, shapes, (*matrices, *copied), is_leaf=lambda leaf: leaf is None)
+    keys = dict(zip(("gate_up", "down"), jax.random.split(key), strict=True))
+    return jax.tree_util.tree_map_with_path(copied, shapes)
