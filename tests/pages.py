@@ -23,6 +23,14 @@ def run_page(path):
     return names
 
 
+def definition(path, name, **given):
+    """The class `name` of a page, from its block alone; `given` is what the block needs."""
+    text = path.read_text(encoding="utf-8")
+    ((line, source),) = [block for block in blocks(text) if f"class {name}(" in block[1]]
+    _run_block(str(path), line, source, given)
+    return given[name]
+
+
 def _run_block(name, line, source, names):
     """A block with prompts is a doctest; one without is a program."""
     if not source.startswith(">>>"):

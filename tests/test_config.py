@@ -86,7 +86,7 @@ def test_defaults():
     assert dataclasses.astuple(make()) == (
         *(8, 4, 8, 2, None, 1, "sqrtsoftplus", True, 1.0),
         *(1, 1, 0, None, None, 1.0, "top2", "swiglu", False, False),
-        *(None, False, None, 0, (), "deepseek_v4"),
+        *(None, False, None, 0, False, (), "deepseek_v4"),
     )
 
 

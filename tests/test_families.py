@@ -8,6 +8,7 @@ import golden
 import jax
 import numpy as np
 import pytest
+from families import load_moe, read_config
 
 import braidax as bx
 from braidax._checkpoint.safetensors_reader import read_header
@@ -29,14 +30,14 @@ def folder(model_type, tmp_path):
 
 def test_the_files_are_here():
     # Of one table, some types differ in their defaults only, and in what transformers has.
-    others = {"deepseek_v4", "deepseek_v41", "deepseek_v41_text", "granitemoehybrid", "qwen3_5_moe"}
+    others = {"deepseek_v4", "deepseek_v41", "deepseek_v41_text"}
     assert set(MODEL_TYPES) ^ set(FAMILIES) == others | {"deepseek_v2_lite"}
 
 
 @every_family
 def test_the_output_of_transformers(model_type, folder):
     kept = golden.load(f"families/{model_type}")
-    block = bx.load_moe(folder, kept.layer_idx, dtype="float32")
+    block = load_moe(folder, kept.layer_idx, dtype="float32")
     output, _ = block(kept.hidden_states)
     bound = 1e-5 * np.abs(kept.output).max()
     np.testing.assert_allclose(output, kept.output, rtol=0, atol=bound)
@@ -46,8 +47,8 @@ def test_the_output_of_transformers(model_type, folder):
 def test_saved_and_loaded_again(model_type, folder, tmp_path):
     """Every array bit by bit, from the names of the release and from those of transformers."""
     kept = golden.load(f"families/{model_type}")
-    block = bx.load_moe(folder, kept.layer_idx, dtype="float32")
-    config = bx.MoEConfig.from_hf(folder)
+    config = read_config(folder)
+    block = bx.load_moe(folder, kept.layer_idx, config=config, dtype="float32")
     path = tmp_path / "again" / "layer.safetensors"
     path.parent.mkdir()
     bx.save_moe(path, block, kept.layer_idx, model_type=config.model_type)
@@ -96,6 +97,14 @@ ERNIE = {
     "num_hidden_layers": 8,
 }
 NEMOTRON = {**V3, "model_type": "nemotron_h"}
+LLAMA4 = {
+    "model_type": "llama4_text",
+    "hidden_size": 8,
+    "intermediate_size": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 1,
+    "num_hidden_layers": 6,
+}
 # The rules of released configurations, and the layers of each that are mixtures.
 LAYER_RULES = [
     (V3, [3, 4, 5]),
@@ -109,6 +118,9 @@ LAYER_RULES = [
     ({**ERNIE, "moe_layer_interval": 2, "moe_layer_end_index": -1}, [1, 3, 5, 7]),
     ({**NEMOTRON, "layers_block_type": ["mamba", "moe", "attention", "moe"] + ["mlp"] * 2}, [1, 3]),
     ({**NEMOTRON, "hybrid_override_pattern": "ME*EM-"}, [1, 3]),
+    (LLAMA4, [0, 1, 2, 3, 4, 5]),
+    ({**LLAMA4, "interleave_moe_layer_step": 2, "moe_layers": None}, [1, 3, 5]),
+    ({**LLAMA4, "interleave_moe_layer_step": 2, "moe_layers": [4, 0]}, [0, 4]),
 ]
 
 
@@ -124,6 +136,8 @@ WRONG = [
     ({**QWEN, "decoder_sparse_step": 0}, "`decoder_sparse_step` must be between 1"),
     ({**ERNIE, "num_hidden_layers": None}, "`num_hidden_layers` must be an integer"),
     (NEMOTRON, "`layers_block_type` must be a list"),
+    ({**LLAMA4, "moe_layers": 3}, "`moe_layers` must be a list"),
+    ({**LLAMA4, "moe_layers": [-1]}, "`moe_layers` must be at least 0"),
     ({**QWEN, "hidden_act": "gelu"}, "`hidden_act` must be one of silu. Got 'gelu'"),
     ({**V3, "moe_layer_freq": 2}, "`moe_layer_freq` must be one of 1. Got 2"),
     ({**V3, "model_type": "deepseek_v2", "norm_topk_prob": True}, "must be one of False. Got True"),
@@ -144,6 +158,36 @@ def test_a_dense_layer_says_which_are_mixtures(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", {**kept.tensors, **dense})
     with pytest.raises(ValueError, match=r"a dense layer: up_proj.weight; mixtures .* \[1\]"):
         bx.load_moe(tmp_path, 0)
+
+
+def test_a_layer_that_is_not_ours_is_never_made(tmp_path):
+    """Llama-4 multiplies the experts' input by the weight. What would not do so is an error."""
+    kept = golden.load("families/llama4_text")
+    (tmp_path / "config.json").write_text(json.dumps(kept.config))
+    write_safetensors(tmp_path / "model.safetensors", kept.tensors)
+    config, key = bx.MoEConfig.from_hf(tmp_path), jax.random.key(0)
+    for make in (
+        lambda: bx.load_moe(tmp_path, kept.layer_idx),
+        lambda: bx.Checkpoint(tmp_path).moe(kept.layer_idx),
+        lambda: bx.from_state_dict(config, kept.layer_idx, kept.tensors),
+        lambda: bx.RoutedMoE.from_config(config, kept.layer_idx, key=key),
+        lambda: bx.RoutedAndSharedMoE.from_config(config, kept.layer_idx, key=key),
+    ):
+        with pytest.raises(ValueError, match=r"`weighted_input` .* docs/guide/families.md .* Got"):
+            make()
+    block = load_moe(tmp_path, kept.layer_idx)
+    # As stored, (experts, size_in, size_out); the columns of gate come first.
+    (name,) = (name for name in kept.tensors if name.endswith("experts.gate_up_proj"))
+    gate, up = np.split(np.swapaxes(kept.tensors[name], 1, 2), 2, axis=1)
+    np.testing.assert_array_equal(block.routed.experts.gate_up, np.stack([gate, up], axis=1))
+
+
+def test_the_type_of_the_whole_model_decides():
+    """A release that reads images has another prefix than its text model alone."""
+    nested = {**LLAMA4, "model_type": "llama4", "text_config": LLAMA4}
+    assert bx.MoEConfig.from_hf(nested).model_type == "llama4"
+    config = bx.MoEConfig.from_hf({**nested, "model_type": "unknown"})
+    assert config.model_type == "llama4_text"
 
 
 def test_any_prefix_that_leads_to_the_layer(tmp_path):

@@ -61,6 +61,8 @@ class MoEConfig:
     - `use_shared_gate`: a gate on the shared expert, as for `RoutedAndSharedMoE`.
     - `latent_size`: features of the routed experts' projection; `None` is no projection.
     - `num_identity_experts`: experts that hand a token on, beside the `num_experts` that compute.
+    - `weighted_input`: the weights multiply the experts' input, as in Llama-4. No layer of this
+      library does so; the guide shows a dispatch that does, and how to open such a layer.
     - `dense_layers`: the layers that are no mixtures.
     - `model_type`: the family, whose names tensors have in files.
 
@@ -105,6 +107,7 @@ class MoEConfig:
     use_shared_gate: bool = False
     latent_size: int | None = None
     num_identity_experts: int = 0
+    weighted_input: bool = False
     dense_layers: tuple[int, ...] = ()
     model_type: str = "deepseek_v4"
 
@@ -147,8 +150,8 @@ class MoEConfig:
 
         `source` is the path of a `config.json`, its folder, the parsed dictionary, or a
         configuration object of transformers. The keys of a nested `text_config` win over the keys
-        around it. A key that is missing, or null, means what it means to the code of that
-        `model_type`. A `swiglu_limit` that is not positive is no clamp.
+        around it, all but a known `model_type`. A key that is missing, or null, means what it means
+        to the code of that `model_type`. A `swiglu_limit` that is not positive is no clamp.
 
         **Raises:** `FileNotFoundError` for a missing file and `TypeError` for another `source`.
         `ValueError`, naming file and key, for an unknown `model_type`, and for anything that is

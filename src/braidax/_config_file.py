@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._checks import one_line
-from ._families import Family, family_of
+from ._families import MODEL_TYPES, Family, family_of
 
 _SIZES = ("hidden_size", "intermediate_size", "num_experts", "num_experts_per_token")
 
@@ -39,8 +39,10 @@ def read_config(source: Any) -> tuple[str, Mapping[str, Any]]:
 
 def fields_from_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `MoEConfig` that the keys of a `config.json` stand for."""
-    if isinstance(raw.get("text_config"), Mapping):
-        raw = {**raw, **raw["text_config"]}
+    if isinstance(text := raw.get("text_config"), Mapping):
+        # The type of the whole model says what stands before the names of its tensors.
+        named = raw if raw.get("model_type") in [*MODEL_TYPES] else text
+        raw = {**raw, **text, "model_type": named.get("model_type")}
     family = family_of(raw.get("model_type"))
     dense_layers = family.dense_layers(raw)
     raw = _with_counted_hash_layers(raw)

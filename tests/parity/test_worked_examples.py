@@ -1,4 +1,7 @@
-"""The two families of the guide that its page adds outside of the library, against transformers."""
+"""The family that the guide adds outside of the library, against transformers.
+
+The other one, Llama-4, has a table, so `test_families.py` has its test.
+"""
 
 import pathlib
 
@@ -35,53 +38,26 @@ def router(weight, slots, **options):
     return eqx.tree_at(lambda r: r.gate.weight, made, jnp.asarray(weight.detach().numpy()))
 
 
-def compare(name, block, module, record):
-    """Outputs, and the gradients of the hidden states and of the router."""
-    hidden_states, cotangent = np.random.default_rng(0).standard_normal(
-        (2, 2, 9, HIDDEN), np.float32
-    )
-    given = torch.from_numpy(hidden_states).requires_grad_()
-    module.zero_grad()
-    theirs = first(module(given)).reshape(2, 9, HIDDEN)
-    theirs.backward(torch.from_numpy(cotangent))
-    ours, gradient, hidden_gradient = output_and_vjp(block, hidden_states, cotangent)
-    routed = gradient.routed if isinstance(gradient, bx.RoutedAndSharedMoE) else gradient
-    errors = {
-        "output": error(ours, theirs),
-        "hidden states": error(hidden_gradient, given.grad),
-        "weights": error(routed.router.gate.weight, module.router.weight.grad),
-    }
-    record(name, "worked example", errors)
-    assert max(errors.values()) <= 1e-5, errors
-
-
-def test_llama4(page, record):
-    """The weight multiplies the expert's input."""
-    model, _ = make_model("llama4_text")
-    module = mixtures(model)[1]
-    rows = module.experts.gate_up_proj.transpose(1, 2).reshape(8, 2, 8, HIDDEN)
-    sigmoid = router(module.router.weight, 1, score_function=jax.nn.sigmoid)
-    routed = bx.RoutedMoE(
-        sigmoid, experts(rows, module.experts.down_proj), dispatch=page["WeightedInput"]()
-    )
-    parts = module.shared_expert
-    weights = [
-        torch.stack([parts.gate_proj.weight, parts.up_proj.weight]),
-        parts.down_proj.weight.T,
-    ]
-    shared = eqx.tree_at(
-        lambda s: (s.gate_up, s.down),
-        bx.FeedForward(HIDDEN, 8, key=jax.random.key(0)),
-        [jnp.asarray(a.detach().numpy()) for a in weights],
-    )
-    compare("llama4", bx.RoutedAndSharedMoE(routed, shared), module, record)
-
-
 def test_phi(page, record):
-    """Two experts, one after the other, each with a softmax of its own."""
+    """Two experts, one after the other, each with a softmax of its own.
+
+    Outputs, and the gradients of the hidden states and of the router."""
     model, _ = make_model("phimoe")
     module = mixtures(model)[1]
     rows = module.experts.gate_up_proj.reshape(8, 2, 8, HIDDEN)
     mixer = router(module.router.weight, 2, score_function=page["sparse_mixer"])
-    down = module.experts.down_proj.transpose(1, 2)
-    compare("phimoe", bx.RoutedMoE(mixer, experts(rows, down)), module, record)
+    block = bx.RoutedMoE(mixer, experts(rows, module.experts.down_proj.transpose(1, 2)))
+    hidden_states, cotangent = np.random.default_rng(0).standard_normal(
+        (2, 2, 9, HIDDEN), np.float32
+    )
+    given = torch.from_numpy(hidden_states).requires_grad_()
+    theirs = first(module(given)).reshape(given.shape)
+    theirs.backward(torch.from_numpy(cotangent))
+    ours, gradient, hidden_gradient = output_and_vjp(block, hidden_states, cotangent)
+    errors = {
+        "output": error(ours, theirs),
+        "hidden states": error(hidden_gradient, given.grad),
+        "weights": error(gradient.router.gate.weight, module.router.weight.grad),
+    }
+    record("phimoe", "worked example", errors)
+    assert max(errors.values()) <= 1e-5, errors

@@ -6,7 +6,7 @@ import pathlib
 import tempfile
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from braidax._families import MODEL_TYPES
@@ -59,6 +59,13 @@ _DEEPSEEK = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 2.5,
 }
+_LLAMA4 = {
+    **_LOCAL,
+    "intermediate_size_mlp": 24,
+    "num_experts_per_tok": 2,
+    "head_dim": 16,
+    "interleave_moe_layer_step": 2,
+}
 _GROUPS = {"n_group": 4, "topk_group": 2}
 
 # The name of each, and the numbers that differ from the family's own. The name is its `model_type`,
@@ -69,6 +76,16 @@ TINY = {
     "qwen3_moe": {**_QWEN, "norm_topk_prob": True, "decoder_sparse_step": 2},
     "qwen3_next": {**_QWEN, **_LINEAR_ATTENTION},
     "qwen3_5_moe_text": {**_QWEN, **_LINEAR_ATTENTION},
+    "qwen3_5_moe": {
+        "text_config": {**_COMMON, **_QWEN, **_LINEAR_ATTENTION},
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 1,
+            "out_hidden_size": HIDDEN,
+        },
+    },
     "olmoe": {"intermediate_size": 8, "num_experts": 8, "num_experts_per_tok": 3},
     "gpt_oss": {**_LOCAL, "head_dim": 16, "swiglu_limit": 1.0},
     "deepseek_v2": {
@@ -93,6 +110,14 @@ TINY = {
     "minimax_m2": {**_LOCAL, "head_dim": 16},
     "granitemoe": _LOCAL,
     "granitemoeshared": {**_LOCAL, "shared_intermediate_size": 12},
+    "granitemoehybrid": {
+        **_LOCAL,
+        "shared_intermediate_size": 12,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_state": 4,
+        "mamba_chunk_size": 8,
+    },
     "hunyuan_v1_moe": {"intermediate_size": 8, "num_experts": 8, "moe_topk": 3, "head_dim": 16},
     "ernie4_5_moe": {
         "intermediate_size": 24,
@@ -129,20 +154,26 @@ TINY = {
         "head_dim": 8,
         "num_layers": 2,
     },
-}
-
-
-# Worked examples of the guide: the library has no table for them.
-EXAMPLES = {
-    "llama4_text": {
-        **_LOCAL,
-        "intermediate_size_mlp": 24,
-        "num_experts_per_tok": 1,
-        "head_dim": 16,
-        "interleave_moe_layer_step": 2,
+    "llama4_text": _LLAMA4,
+    "llama4": {
+        "text_config": {**_COMMON, **_LLAMA4},
+        "vision_config": {
+            "num_hidden_layers": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 1,
+            "vision_output_dim": 16,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+            "image_size": 16,
+            "patch_size": 8,
+        },
     },
-    "phimoe": {**_LOCAL, "num_experts_per_tok": 2},
 }
+
+
+# A worked example of the guide: the library has no table for it.
+EXAMPLES = {"phimoe": {**_LOCAL, "num_experts_per_tok": 2}}
 
 
 @functools.cache
@@ -150,8 +181,11 @@ def make_model(model_type):
     """The model in float32, with random biases of selection, and the folder it was saved in."""
     torch.manual_seed(0)
     numbers = dict({**TINY, **EXAMPLES}[model_type])
-    config = CONFIG_MAPPING[numbers.pop("class", model_type)](**{**_COMMON, **numbers})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    reads_images = "text_config" in numbers
+    numbers = numbers if reads_images else {**_COMMON, **numbers}
+    config = CONFIG_MAPPING[numbers.pop("class", model_type)](**numbers)
+    auto = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager").eval()
     model.set_experts_implementation("eager")
     with torch.no_grad():
         for module in mixtures(model).values():
@@ -170,6 +204,12 @@ def make_model(model_type):
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": model_type}))
     return model, folder
+
+
+def text_layers(model):
+    """The layers that mixtures are in."""
+    names = [name for name, _ in model.named_modules() if name.split(".")[-1] == "layers"]
+    return model.get_submodule(next(name for name in names if "vision" not in name))
 
 
 def mixtures(model):

@@ -21,6 +21,7 @@ from .._checks import one_line
 from .._config import MoEConfig, activation
 from .._experts import Experts, FeedForward
 from .._families import Family
+from .._families.family import STACKED_EXPERTS
 from .._moe import RoutedAndSharedMoE, RoutedMoE
 from .._router import AbstractRouter, HashRouter, TopKRouter
 
@@ -97,7 +98,7 @@ def to_tensors(family: Family, name: str, array: Any) -> dict[str, Any]:
         array = array.reshape(*array.shape[:-3], -1, array.shape[-1])
     elif name in MATRICES:
         array = np.swapaxes(array, -1, -2)
-    if family.stored_transposed and name in MATRICES:
+    if family.stored_transposed and name in STACKED_EXPERTS:
         array = np.swapaxes(array, -1, -2)
     return {name: array}
 

@@ -1,6 +1,18 @@
 """Tables of released models: one file a family."""
 
-from . import deepseek, ernie, gpt_oss, granite, hunyuan, jamba, longcat, mixtral, nemotron, qwen
+from . import (
+    deepseek,
+    ernie,
+    gpt_oss,
+    granite,
+    hunyuan,
+    jamba,
+    llama,
+    longcat,
+    mixtral,
+    nemotron,
+    qwen,
+)
 from .family import Family as Family
 
 FAMILIES = (
@@ -12,6 +24,7 @@ FAMILIES = (
     mixtral.MIXTRAL,
     mixtral.MINIMAX_M2,
     qwen.QWEN,
+    qwen.QWEN3_5_TEXT,
     qwen.QWEN3_5,
     qwen.OLMOE,
     gpt_oss.GPT_OSS,
@@ -22,6 +35,8 @@ FAMILIES = (
     jamba.JAMBA,
     nemotron.NEMOTRON,
     longcat.LONGCAT,
+    llama.LLAMA4_TEXT,
+    llama.LLAMA4,
 )
 MODEL_TYPES = {name: family for family in FAMILIES for name in family.model_types}
 

@@ -30,14 +30,23 @@ def first_layers_dense(default: int) -> LayerRule:
 
 def sparse_step(raw: Mapping[str, Any]) -> tuple[int, ...]:
     """Mixtures at every `decoder_sparse_step`-th layer that `mlp_only_layers` does not name."""
-    named = raw.get("mlp_only_layers") or []
-    if not isinstance(named, list | tuple):
-        raise ValueError(f"`mlp_only_layers` must be a list. Got {named!r:.60}.")
-    dense = {integer("mlp_only_layers", number, 0) for number in named}
+    dense = _numbers("mlp_only_layers", raw.get("mlp_only_layers") or [])
     step = _integer(raw, "decoder_sparse_step", 1, 1)
     if step > 1:
         dense |= {number for number in _layers(raw) if (number + 1) % step}
     return tuple(sorted(dense))
+
+
+def named_or_every(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """Mixtures are the layers that `moe_layers` names, or else every
+    `interleave_moe_layer_step`-th."""
+    named, step = raw.get("moe_layers"), _integer(raw, "interleave_moe_layer_step", 1, 1)
+    if named is None and step == 1:
+        return ()
+    layers = _layers(raw)
+    if named is None:
+        return tuple(number for number in layers if (number + 1) % step)
+    return tuple(sorted(set(layers) - _numbers("moe_layers", named)))
 
 
 def period_and_offset(raw: Mapping[str, Any]) -> tuple[int, ...]:
@@ -70,6 +79,12 @@ def named_blocks(raw: Mapping[str, Any]) -> tuple[int, ...]:
 def _integer(raw: Mapping[str, Any], key: str, default: int, minimum: int = 0) -> int:
     value = raw.get(key)
     return default if value is None else integer(key, value, minimum, 2**20)
+
+
+def _numbers(key: str, named: Any) -> set[int]:
+    if not isinstance(named, list | tuple):
+        raise ValueError(f"`{key}` must be a list. Got {named!r:.60}.")
+    return {integer(key, number, 0) for number in named}
 
 
 def _layers(raw: Mapping[str, Any]) -> range:

@@ -38,11 +38,16 @@ QWEN = Family(
 )
 
 # Its weights are always normalized, whatever a configuration says.
-QWEN3_5 = dataclasses.replace(
+QWEN3_5_TEXT = dataclasses.replace(
     QWEN,
-    model_types={"qwen3_5_moe": _NEXT, "qwen3_5_moe_text": _NEXT},
+    model_types={"qwen3_5_moe_text": _NEXT},
     keys={field: keys for field, keys in QWEN.keys.items() if field != "normalize"},
     dense_layers=no_dense_layers,
+)
+
+# A release has the text model beside that of images.
+QWEN3_5 = dataclasses.replace(
+    QWEN3_5_TEXT, model_types={"qwen3_5_moe": _NEXT}, prefix="model.language_model."
 )
 
 OLMOE = dataclasses.replace(

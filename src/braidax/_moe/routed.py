@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer, PRNGKeyArray
 
-from .._checks import boolean, integer, same_sizes
+from .._checks import boolean, check, integer, same_sizes
 from .._compiled import compiled
 from .._config import MoEConfig, activation
 from .._dispatch import AbstractDispatch, SortedDispatch
@@ -24,6 +24,10 @@ from .._routing import Routing, without_identity, zero_masked
 from .latent import LatentProjection, project
 
 _SORTED = SortedDispatch()
+_OUTPUTS_ONLY = (
+    "be False: weights multiply the experts' outputs here, not their inputs. The page "
+    "docs/guide/families.md shows a dispatch for Llama-4, and how to open its layers"
+)
 
 
 class RoutedMoE(eqx.Module):
@@ -108,6 +112,7 @@ class RoutedMoE(eqx.Module):
         **Raises:** `TypeError` or `ValueError` for a traced or negative `layer_idx`, a `dtype`, and
         numbers of `config` that are out of range.
         """
+        check(not config.weighted_input, "weighted_input", _OUTPUTS_ONLY, config.weighted_input)
         router_key, experts_key, latent_key = jax.random.split(key, 3)
         # The router first: it finds most mistakes, and the experts take gigabytes.
         router = router_from_config(config, layer_idx, dtype=dtype, key=router_key)
