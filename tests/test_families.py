@@ -211,35 +211,43 @@ def test_a_bias_of_selection_that_has_no_name(unchecked):
         bx.to_state_dict(block, model_type="mixtral")
 
 
-def test_mxfp4_as_gpt_oss_has_it(tmp_path):
-    """Rows of gate and up take turns, and every 32 numbers share a scale: decoded by hand."""
-    config = bx.MoEConfig.from_hf(
-        {
-            "model_type": "gpt_oss",
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_local_experts": 2,
-            "num_experts_per_tok": 1,
-        }
-    )
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+}
+
+
+def mxfp4_layer():
+    """A layer as the release of GPT-OSS has it, and its stacks decoded by hand, as stored."""
     rng = np.random.default_rng(0)
-    codes = {"gate_up": rng.integers(0, 16, (2, 64, 32)), "down": rng.integers(0, 16, (2, 32, 32))}
-    scales = {name: rng.integers(125, 130, (*c.shape[:2], 1)) for name, c in codes.items()}
+    codes = {"gate_up": rng.integers(0, 16, (2, 64, 64)), "down": rng.integers(0, 16, (2, 64, 32))}
+    scales = {n: rng.integers(125, 130, (*c.shape[:2], c.shape[2] // 32)) for n, c in codes.items()}
     values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = np.concatenate([values, -values])
-    numbers = {n: values[c] * 2.0 ** (scales[n].astype(float) - 127) for n, c in codes.items()}
+    each = {name: np.repeat(scale.astype(float), 32, axis=2) for name, scale in scales.items()}
+    numbers = {name: values[c] * 2.0 ** (each[name] - 127) for name, c in codes.items()}
     tensors = {
-        "router.weight": rng.standard_normal((2, 32)).astype(np.float32),
+        "router.weight": rng.standard_normal((2, 64)).astype(np.float32),
         "router.bias": np.zeros(2, np.float32),
         "experts.gate_up_proj_bias": np.arange(128, dtype=np.float32).reshape(2, 64),
-        "experts.down_proj_bias": np.zeros((2, 32), np.float32),
+        "experts.down_proj_bias": np.zeros((2, 64), np.float32),
     }
     for name, c in codes.items():
         packed = (c[..., ::2] | c[..., 1::2] << 4).astype(np.uint8)
-        tensors[f"experts.{name}_proj_blocks"] = packed.reshape(*c.shape[:2], 1, 16)
+        tensors[f"experts.{name}_proj_blocks"] = packed.reshape(*scales[name].shape, 16)
         tensors[f"experts.{name}_proj_scales"] = scales[name].astype(np.uint8)
+    return {f"model.layers.0.mlp.{name}": tensor for name, tensor in tensors.items()}, numbers
+
+
+def test_mxfp4_as_gpt_oss_has_it(tmp_path):
+    """Rows of gate and up take turns, and every 32 numbers share a scale."""
+    config = bx.MoEConfig.from_hf(GPT_OSS)
+    tensors, numbers = mxfp4_layer()
     path = tmp_path / "model.safetensors"
-    write_safetensors(path, {f"model.layers.0.mlp.{name}": t for name, t in tensors.items()})
+    write_safetensors(path, tensors)
     block = bx.load_moe(path, 0, config=config)
     experts = block.experts
     np.testing.assert_array_equal(experts.gate_up[:, 0], numbers["gate_up"][:, ::2])
@@ -247,12 +255,52 @@ def test_mxfp4_as_gpt_oss_has_it(tmp_path):
     np.testing.assert_array_equal(experts.down, np.swapaxes(numbers["down"], 1, 2))
     np.testing.assert_array_equal(experts.gate_up_bias[1, 1], np.arange(65, 128, 2))
     packed = bx.load_moe(path, 0, config=config, dtype="packed")
-    hidden_states = rng.standard_normal((5, 32)).astype(np.float32)
+    hidden_states = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
     bound = 1e-5 * np.abs(block(hidden_states)[0]).max()
     np.testing.assert_allclose(packed(hidden_states)[0], block(hidden_states)[0], 0, bound)
-    # Two numbers a byte, and no parameter is a scale: 2 x (64 x 32 + 32 x 32), gate and biases.
+    # Two numbers a byte, and no parameter is a scale: 2 x (64 x 64 + 64 x 32), gate and biases.
     (layer,) = bx.Checkpoint(path).summary().layers
-    assert layer.parameters == 6144 + 66 + 128 + 64
+    assert layer.parameters == 12288 + 130 + 128 + 128
+
+
+def test_mxfp4_is_written_as_gpt_oss_has_it(tmp_path):
+    """Packed experts in their own bytes; numbers that FP4 has, without loss, in names and shapes
+    of the release."""
+    config = bx.MoEConfig.from_hf(GPT_OSS)
+    tensors, _ = mxfp4_layer()
+    first, again, encoded = (tmp_path / f"{name}.safetensors" for name in "abc")
+    write_safetensors(first, tensors)
+    packed = bx.load_moe(first, 0, config=config, dtype="packed")
+    bx.save_moe(again, packed, 0, model_type="gpt_oss")
+    assert read_header(again).keys() == tensors.keys()
+    for name, tensor in read_header(again).items():
+        np.testing.assert_array_equal(tensor.read(), tensors[name], err_msg=name)
+    block = bx.load_moe(first, 0, config=config, dtype="bfloat16")
+    bx.save_moe(encoded, block, 0, model_type="gpt_oss", quantization="fp4")
+    for name, tensor in read_header(encoded).items():
+        assert tensor.shape == tensors[name].shape
+        if name.endswith(("_blocks", "_scales")):
+            assert tensor.dtype == "U8"
+    assert eqx.tree_equal(bx.load_moe(encoded, 0, config=config, dtype="bfloat16"), block)
+
+
+def test_what_cannot_be_written_in_4_bits(tmp_path):
+    path = tmp_path / "layer.safetensors"
+    narrow = bx.MoEConfig.from_hf({**GPT_OSS, "hidden_size": 48})
+    narrow = bx.RoutedMoE.from_config(narrow, 0, key=jax.random.key(0))
+    must = r"`quantization` must be one of \(None, 'fp4'\) for a gpt_oss. Got 'fp8'"
+    with pytest.raises(ValueError, match=must):
+        bx.save_moe(path, narrow, 0, quantization="fp8", model_type="gpt_oss")
+    with pytest.raises(ValueError, match="0.mlp.experts.gate_up_proj: .* groups of 32. Got 48"):
+        bx.save_moe(path, narrow, 0, quantization="fp4", model_type="gpt_oss")
+    block = bx.top_k_moe(32, 32, 2, 1, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"must be one of \(None,\) for a granitemoe. Got 'fp4'"):
+        bx.save_moe(path, block, 0, quantization="fp4", model_type="granitemoe")
+    bx.save_moe(path, block, 0, quantization="fp4")
+    config = bx.MoEConfig(32, 32, 2, 1, num_shared_experts=0)
+    packed = bx.load_moe(path, 0, config=config, dtype="packed")
+    with pytest.raises(ValueError, match="not be packed, to be written as granitemoe. Got exp"):
+        bx.save_moe(path, packed, 0, model_type="granitemoe")
 
 
 def test_a_layer_of_prediction_is_no_layer_of_the_model(tmp_path):

@@ -89,18 +89,24 @@ def to_tensors(family: Family, name: str, array: Any) -> dict[str, Any]:
         return {name: array[..., None, :] if family.selection_bias_rows else array}
     if name == "shared.gate_up" and not family.has(name):
         return {part: array[..., i, :, :] for i, part in enumerate(family.parts(name))}
-    in_turns = family.interleaved and name.startswith("experts.")
     if name.endswith("gate_up_bias"):
-        array = np.swapaxes(array, -1, -2) if in_turns else array
+        array = np.swapaxes(array, -1, -2) if family.interleaved else array
         return {name: array.reshape(*array.shape[:-2], -1)}
-    if name.endswith("gate_up"):
-        array = np.swapaxes(array, -2, -3) if in_turns else array
-        array = array.reshape(*array.shape[:-3], -1, array.shape[-1])
-    elif name in MATRICES:
-        array = np.swapaxes(array, -1, -2)
+    if name in MATRICES:
+        array = to_rows(family, name, array)
     if family.stored_transposed and name in STACKED_EXPERTS:
         array = np.swapaxes(array, -1, -2)
     return {name: array}
+
+
+def to_rows(family: Family, name: str, array: Any) -> Any:
+    """The matrices of the array called `name`, each (size_out, size_in) with its rows as stored:
+    those of gate and up behind each other, or in turns."""
+    if not name.endswith("gate_up"):
+        return np.swapaxes(array, -1, -2)
+    if family.interleaved and name in STACKED_EXPERTS:
+        array = np.swapaxes(array, -2, -3)
+    return array.reshape(*array.shape[:-3], -1, array.shape[-1])
 
 
 def from_rows(family: Family, name: str, array: Any, shape: tuple[int, ...]) -> Any:

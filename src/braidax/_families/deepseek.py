@@ -83,7 +83,7 @@ DEEPSEEK = Family(
         **STACKED_EXPERTS,
     },
     ignored={"gate.bias_vl": "it is for image tokens"},
-    writes_quantized=True,
+    quantizations=("fp8", "fp4"),
 )
 
 # These are released in the names of transformers' modules.
@@ -96,7 +96,7 @@ DEEPSEEK_V3 = dataclasses.replace(
     blocks=("mlp", "ffn"),
     spellings=_AS_MODULES,
     scale_endings=(".weight_scale_inv", ".scale", "_scale_inv"),
-    writes_quantized=False,
+    quantizations=(),
 )
 GLM = dataclasses.replace(
     DEEPSEEK_V3, model_types={"glm4_moe": _GLM}, dense_layers=first_layers_dense(1)

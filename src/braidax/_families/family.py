@@ -66,7 +66,7 @@ class Family:
     - `scale_endings`: what the name of a scale ends with, in place of `.weight` or nothing.
     - `stored_transposed`: a stack in floating point is stored as (size_in, size_out).
     - `interleaved`: rows of a stack take turns, gate before up. Else all gate rows come first.
-    - `writes_quantized`: whether this library can write the release's FP4 and FP8.
+    - `quantizations`: the formats of a release that this library can write, `"fp4"` or `"fp8"`.
     - `selection_bias_rows`: whether that bias is stored as one row, `(1, experts)`.
     - `layers` is the word before a layer's number, `prediction_layers` before that of a layer of
       multi-token prediction.
@@ -89,7 +89,7 @@ class Family:
     stored_transposed: bool = False
     interleaved: bool = False
     selection_bias_rows: bool = False
-    writes_quantized: bool = False
+    quantizations: tuple[str, ...] = ()
     layers: str = "layers"
     prediction_layers: str = "mtp"
 
@@ -129,6 +129,10 @@ class Family:
         """The release's spelling of the library's `name`."""
         template, number = _without_number(name)
         return self.spellings[template][0].replace("{}", number)
+
+    def released_blocks(self, name: str) -> str:
+        """The release's spelling of the stack `name` in 4 bits."""
+        return self.released(name) + _BLOCKS
 
     def has(self, name: str) -> bool:
         """Whether the family has a tensor of the library's `name`."""

@@ -37,4 +37,5 @@ GPT_OSS = Family(
     },
     stored_transposed=True,
     interleaved=True,
+    quantizations=("fp4",),
 )
