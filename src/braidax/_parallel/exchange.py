@@ -12,7 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Sizes(NamedTuple):
-    """The numbers that traffic and memory depend on; `item` is bytes per element of tokens."""
+    """The numbers that traffic and memory depend on; `item` is bytes per element of tokens.
+
+    `identity` experts, beside the `experts`, hand a token on: they hold no weights and take no
+    rows, but some of the `experts_per_token` are theirs.
+    """
 
     hidden: int
     intermediate: int
@@ -20,13 +24,18 @@ class Sizes(NamedTuple):
     experts_per_token: int
     tokens: int
     item: int
+    identity: int = 0
 
     def destinations(self, size: int) -> float:
-        """Mean number of the `size` devices that hold an expert of a token, if experts are drawn
-        evenly and without repetition: `S (1 - C(E - E/S, k) / C(E, k))`."""
-        elsewhere = self.experts - self.experts // size
-        none = math.comb(elsewhere, self.experts_per_token)
-        return size * (1 - none / math.comb(self.experts, self.experts_per_token))
+        """Mean number of the `size` devices that hold an expert of a token, if all `n` experts are
+        drawn evenly and without repetition: `S (1 - C(n - E/S, k) / C(n, k))`."""
+        drawn = self.experts + self.identity
+        none = math.comb(drawn - self.experts // size, self.experts_per_token)
+        return size * (1 - none / math.comb(drawn, self.experts_per_token))
+
+    def computed(self) -> float:
+        """Mean number of experts that compute a token, if experts are drawn evenly."""
+        return self.experts_per_token * self.experts / (self.experts + self.identity)
 
 
 class Shard(NamedTuple):

@@ -73,7 +73,8 @@ def plan(
 
     The sizes of the expert axis are those that divide both `devices` and the experts. This is
     arithmetic, not a measurement. Routing is taken to be even, and communication not to overlap
-    with compute.
+    with compute. Experts that hand a token on have no weights and take no rows; their part of an
+    even routing is no traffic of `Ragged` and no compute.
 
     **Arguments:**
 
@@ -104,7 +105,8 @@ def plan(
     item = floating_dtype("dtype", dtype).itemsize
     latent = config.latent_size
     widths = (config.hidden_size if latent is None else latent, config.intermediate_size)
-    sizes = Sizes(*widths, config.num_experts, config.num_experts_per_token, tokens, item)
+    routed = (config.num_experts, config.num_experts_per_token)
+    sizes = Sizes(*widths, *routed, tokens, item, config.num_identity_experts)
     parts = num_inputs(activation(config.activation, config.swiglu_limit)) + 1
     matrices = parts * sizes.hidden * sizes.intermediate
     rows = []
@@ -113,7 +115,7 @@ def plan(
             continue
         for exchange in exchanges:
             sent = bytes_forward(exchange, sizes, size)
-            seconds = (sent / bandwidth, 2 * matrices * sizes.experts_per_token / flops)
+            seconds = (sent / bandwidth, 2 * matrices * sizes.computed() / flops)
             weights = sizes.experts // size * matrices * sizes.item
             buffers = working_bytes(exchange, sizes, size, CHUNK)
             rows.append(PlanRow(size, exchange, sent, *seconds, weights, buffers))
