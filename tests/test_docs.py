@@ -47,6 +47,22 @@ def test_the_readme_opens_released_weights_as_written(tmp_path, monkeypatch):
     assert (tmp_path / "layer.safetensors").exists()
 
 
+def test_the_diff_of_a_family_is_what_is_there():
+    """A whole file, and lines of others; no other file of the library knows the family."""
+    page = (DOCS / "guide" / "families.md").read_text(encoding="utf-8")
+    (diff,) = re.findall(r"^```diff\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    parts = re.findall(r"^--- (\S+)\n\+\+\+ (\S+)\n((?:\+.*\n)+)", diff, re.MULTILINE)
+    assert sum(2 + added.count("\n") for _, _, added in parts) == diff.count("\n")
+    for before, after, added in parts:
+        lines = [line.removeprefix("+") for line in added.splitlines()]
+        there = (ROOT / after).read_text(encoding="utf-8").splitlines()
+        assert lines == there if before == "/dev/null" else set(lines) <= set(there)
+    (own, *_), shared = [after for _, after, _ in parts], {after for _, after, _ in parts}
+    name = pathlib.Path(own).stem
+    others = [path for path in (ROOT / "src").rglob("*.py") if name in path.read_text("utf-8")]
+    assert {path.relative_to(ROOT).as_posix() for path in others} <= shared
+
+
 def test_the_readme_is_one_page():
     assert len(README.splitlines()) <= 150
 
