@@ -27,6 +27,7 @@
 # %%
 import pathlib
 import tempfile
+from functools import partial
 from typing import ClassVar
 
 import equinox as eqx
@@ -67,17 +68,21 @@ class PrototypeRouter(bx.AbstractRouter):
         _, indices = jax.lax.top_k(jax.lax.stop_gradient(nearness), self.num_experts_per_token)
         return indices, ~jnp.isnan(nearness).any(axis=-1)
 
-    def rebalanced(self, load, rate):
-        price = self.price + rate * (load / jnp.maximum(load.mean(), 1) - 1)
-        return eqx.tree_at(lambda router: router.price, self, price)
+    def rebalanced(self, rule, item):
+        return eqx.tree_at(lambda router: router.price, self, rule(self.price, item))
+
+
+def new_price(price, routing, rate):
+    load = bx.expert_load(routing)
+    return price + rate * (load / jnp.maximum(load.mean(), 1) - 1)
 
 
 # %% [markdown]
 # * `select` returns the indices, and which tokens have an answer. A token without one gets NaN.
 # * `untrained_fields` names the arrays that no gradient should train: `bx.trainable` and
 #   `bx.decay_mask` leave them out.
-# * `rebalanced` is what `bx.rebalance` calls with the load. Here a price rises in proportion to the
-#   load above the mean. A router without this method stays as it is.
+# * `rebalanced` is what `bx.rebalance` calls, with its rule and a `Routing`. Here a price rises in
+#   proportion to the load above the mean. A router without this method stays as it is.
 #
 # Compare with distances in numpy:
 
@@ -163,7 +168,7 @@ assert not np.asarray(masked[7]).any()
 assert int(bx.expert_load(masked_routing).sum()) == PER_TOKEN * (TOKENS - 1)
 # A batch without a valid token has no load, and must not turn prices into NaN.
 _, empty = block(x, mask=jnp.zeros(TOKENS, bool))
-assert np.isfinite(bx.rebalance(block, empty, 0.3).router.price).all()
+assert np.isfinite(bx.rebalance(block, empty, rule=partial(new_price, rate=0.3)).router.price).all()
 print("✓ vmap, jit, NaN, padding")
 
 # %% [markdown]
@@ -203,7 +208,8 @@ def step(block, state, key, rate):
     (loss, routing), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained, fixed, x, y)
     updates, state = optimizer.update(gradient, state, trained)
     block = eqx.combine(eqx.apply_updates(trained, updates), fixed)
-    return bx.rebalance(block, routing, rate), state, loss, bx.expert_load(routing)
+    block = bx.rebalance(block, routing, rule=partial(new_price, rate=rate))
+    return block, state, loss, bx.expert_load(routing)
 
 
 def train(block, rate):

@@ -82,3 +82,17 @@ def block_and_gradients(tokens, indices, weights, gate_up, down, limit, cotangen
                 d_tokens[t] += d_part @ gate_up[expert, part]
     output = routed(tokens, indices, weights, gate_up, down, limit)
     return output, d_tokens, d_weights, d_gate_up, d_down
+
+
+def quantiles(scores, bias, k):
+    """The exact quantiles of quantile balancing for `scores` (tokens, experts), not centered."""
+    num_tokens, num_experts = scores.shape
+    cutoffs = np.array([sorted(row + bias, reverse=True)[k] for row in scores])
+    differences = [sorted(cutoffs - scores[:, expert]) for expert in range(num_experts)]
+    return np.array([column[num_tokens * k // num_experts] for column in differences])
+
+
+def quantile_bias(scores, bias, k):
+    """The bias that quantile balancing gives."""
+    new = quantiles(scores, bias, k)
+    return new - new.mean()

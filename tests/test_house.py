@@ -36,6 +36,8 @@ RANKS = (
     ("_matmul", "_families"),
     ("_routing", "_config_file", "_experts", "hash_tables", "matmul"),
     ("_config", "_balance", "_balance_losses"),
+    ("_sign_bias",),
+    ("_quantile_bias",),
     ("_router",),
     ("_dispatch", "_replay", "_filters"),
     ("_moe", "_bias_update"),

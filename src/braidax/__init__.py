@@ -47,10 +47,13 @@ from ._balance import dead_experts as dead_experts
 from ._balance import expert_load as expert_load
 from ._balance import load_entropy as load_entropy
 from ._balance import max_violation as max_violation
-from ._balance import updated_bias as updated_bias
 from ._balance_losses import batch_balance_loss as batch_balance_loss
 from ._balance_losses import router_z_loss as router_z_loss
 from ._balance_losses import sequence_balance_loss as sequence_balance_loss
+from ._quantile_bias import BiasHistogram as BiasHistogram
+from ._quantile_bias import bias_histogram as bias_histogram
+from ._quantile_bias import quantile_bias as quantile_bias
+from ._sign_bias import updated_bias as updated_bias
 
 # Training
 from ._bias_update import rebalance as rebalance

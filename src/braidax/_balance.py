@@ -1,15 +1,13 @@
-"""Expert load and the bias update: pure functions of a `Routing`."""
+"""Expert load: pure functions of a `Routing`."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.export import is_symbolic_dim
-from jaxtyping import Array, ArrayLike, Float, Int32, Integer, Real
+from jaxtyping import Array, Float, Int32, Real
 
-from ._checks import array_kind
 from ._routing import Routing, of_each_call, without_masked
 
 Load = Real[Array, "*layers experts"]
@@ -67,7 +65,7 @@ def max_violation(load: Load) -> Float[Array, "*layers"]:
         >>> float(bx.max_violation(jnp.array([4, 2, 1, 1])))
         1.0
     """
-    load = _checked(load).astype(jnp.float32)
+    load = checked_load(load).astype(jnp.float32)
     mean = jnp.mean(load, axis=-1)
     ratio = jnp.max(load, axis=-1) / jnp.where(mean > 0, mean, 1)
     return jnp.where(mean > 0, jnp.maximum(ratio - 1, 0), 0)
@@ -87,7 +85,7 @@ def load_entropy(load: Load) -> Float[Array, "*layers"]:
         >>> round(float(bx.load_entropy(jnp.array([4, 4, 0, 0]))), 4)
         0.5
     """
-    load = _checked(load).astype(jnp.float32)
+    load = checked_load(load).astype(jnp.float32)
     total = jnp.sum(load, axis=-1)
     if load.shape[-1] == 1:
         return jnp.where(total > 0, 1.0, 0.0).astype(jnp.float32)
@@ -106,10 +104,10 @@ def dead_experts(load: Load) -> Int32[Array, "*layers"]:
         >>> int(bx.dead_experts(jnp.array([4, 4, 0, 0])))
         2
     """
-    return jnp.sum(_checked(load) == 0, axis=-1, dtype=jnp.int32)
+    return jnp.sum(checked_load(load) == 0, axis=-1, dtype=jnp.int32)
 
 
-def _checked(load: Load) -> Load:
+def checked_load(load: Any) -> Load:
     """`load`, if it is an array of counts."""
     dtype = getattr(load, "dtype", None)
     if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in _COUNTS):
@@ -120,70 +118,3 @@ def _checked(load: Load) -> Load:
     if load.ndim == 0:
         raise ValueError("`load` must have shape (*layers, experts). Got shape ().")
     return jnp.asarray(load)
-
-
-def check_bias_dtype(name: str, bias: Array) -> None:
-    """The selection bias is float32 or wider."""
-    array_kind(name, bias, jnp.floating)
-    # Released biases are near 5, where neighbors in bfloat16 are further apart than most scores.
-    if jnp.result_type(bias).itemsize < 4:
-        raise TypeError(
-            f"`{name}` must be float32 or wider, because a rounded bias chooses other experts. "
-            f"Got {bias.dtype}: cast the model by `braidax.cast`, which leaves routers alone."
-        )
-
-
-def _check_update(bias: Array, load: Array, rate: ArrayLike) -> None:
-    array_kind("load", _checked(load), jnp.integer)
-    check_bias_dtype("bias", bias)
-    if bias.shape != load.shape:
-        raise ValueError(
-            "`bias` and `load` must have the same shape (*layers, experts). "
-            f"Got {bias.shape} and {load.shape}."
-        )
-    if jnp.ndim(rate) != 0:
-        raise ValueError(f"`rate` must be a scalar. Got shape {jnp.shape(rate)}.")
-    if not isinstance(rate, Tracer) and not np.isfinite(rate):
-        raise ValueError(f"`rate` must be finite. Got {rate}.")
-
-
-def updated_bias(
-    bias: Float[Array, "*layers experts"],
-    load: Integer[Array, "*layers experts"],
-    rate: Real[ArrayLike, ""],
-    *,
-    center: bool = False,
-) -> Float[Array, "*layers experts"]:
-    """`bias + rate * sign(mean(load) - load)`, float32 `(*layers, experts)`.
-
-    `bias` and `load` are `(*layers, experts)`, `rate` is a scalar in units of the scores. The sign
-    is decided in integers, exactly. `load` is the count of the whole step: sum over devices and
-    micro-batches first. `center=True` also subtracts the mean of the update, which stops the
-    common drift and leaves selection alone. A load of zero everywhere leaves the bias unchanged.
-
-    **Raises:** `TypeError` for a `load` that is not integer and a `bias` narrower than float32.
-    `ValueError` for shapes that differ and for a `rate` that is not a finite scalar, unless it is
-    traced.
-
-    **Source:** arXiv:2408.15664, algorithm 1.
-
-    **Example:**
-
-        >>> import braidax as bx, jax.numpy as jnp
-        >>> bx.updated_bias(jnp.zeros(4), jnp.array([4, 2, 1, 1]), 0.5).tolist()
-        [-0.5, 0.0, 0.5, 0.5]
-    """
-    _check_update(bias, load, rate)
-    if load.dtype.itemsize < 4:
-        load = load.astype(jnp.int32)
-    num_experts = load.shape[-1]
-    # quotient and remainder of sum(load) / experts, without forming a sum that could overflow.
-    parts = jnp.sum(load % num_experts, axis=-1, keepdims=True, dtype=load.dtype)
-    quotient = jnp.sum(load // num_experts, axis=-1, keepdims=True, dtype=load.dtype)
-    quotient, remainder = quotient + parts // num_experts, parts % num_experts
-    below = (load < quotient) | ((load == quotient) & (remainder > 0))
-    balanced = (load == quotient) & (remainder == 0)
-    sign = jnp.where(below, 1.0, jnp.where(balanced, 0.0, -1.0)).astype(jnp.float32)
-    if center:
-        sign = sign - jnp.mean(sign, axis=-1, keepdims=True)
-    return bias.astype(jnp.float32) + jnp.asarray(rate, jnp.float32) * sign

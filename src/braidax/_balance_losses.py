@@ -13,10 +13,8 @@ from ._routing import Mask, Routing, of_each_call
 from ._scoring import normalized
 
 
-def _largest(
-    scores: Float[Array, "groups tokens experts"], count: int
-) -> Bool[Array, "groups tokens experts"]:
-    """Which entries `jax.lax.top_k` selects, that is the first of equal ones.
+def nth_largest(scores: Float[Array, "*batch experts"], count: int) -> Float[Array, "*batch 1"]:
+    """The `count`-th largest of the scores, equal ones counted apart.
 
     By comparisons alone, because the partitioner would gather all tokens' scores for `top_k`.
     """
@@ -26,7 +24,14 @@ def _largest(
         below = jnp.max(jnp.where(scores < threshold, scores, -jnp.inf), axis=-1, keepdims=True)
         return jnp.where(enough, threshold, below)
 
-    smallest = jax.lax.fori_loop(0, count, lower, jnp.full_like(scores[..., :1], jnp.inf))
+    return jax.lax.fori_loop(0, count, lower, jnp.full_like(scores[..., :1], jnp.inf))
+
+
+def _largest(
+    scores: Float[Array, "groups tokens experts"], count: int
+) -> Bool[Array, "groups tokens experts"]:
+    """Which entries `jax.lax.top_k` selects, that is the first of equal ones."""
+    smallest = nth_largest(scores, count)
     above, equal = scores > smallest, scores == smallest
     left = count - jnp.sum(above, axis=-1, keepdims=True)
     return above | (equal & (jnp.cumsum(equal, axis=-1) <= left))

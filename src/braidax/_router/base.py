@@ -1,12 +1,13 @@
 """What every router does with its gate; a subclass only selects experts."""
 
 import abc
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Int, PRNGKeyArray, Real
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from .._checks import array_kind, last_axis
 from .._compiled import compiled
@@ -25,6 +26,9 @@ from .gate import Gate
 
 # Indices, and whether each token has a defined answer.
 Selection = tuple[Int[Array, "*batch experts_per_token"], Bool[Array, "*batch"]]
+
+# `rule(bias, item) -> bias`, both biases `(*layers, experts)` float32.
+BiasRule = Callable[[Array, Any], Array]
 
 
 class AbstractRouter(eqx.Module):
@@ -76,14 +80,13 @@ class AbstractRouter(eqx.Module):
         token without one gets NaN weights for its experts and leaves all others untouched.
         """
 
-    def rebalanced(
-        self, load: Int[Array, "*layers experts"], rate: Real[ArrayLike, ""]
-    ) -> "AbstractRouter":
-        """This router after one step of size `rate` against a `load`, `(*layers, experts)`.
+    def rebalanced(self, rule: BiasRule, item: Any) -> "AbstractRouter":
+        """This router after one step of a `rule` of balancing.
 
-        A router without a selection bias stays.
+        `rule(bias, item)` gives the new bias. The item is what `rebalance` was given for this
+        router: a Routing, or whatever else the rule takes. A router without a selection bias stays.
         """
-        del load, rate
+        del rule, item
         return self
 
     @compiled

@@ -1,16 +1,16 @@
 """`TopKRouter`: the highest scores win, after a bias that only selection sees."""
 
-from typing import ClassVar, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Real
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._balance import check_bias_dtype, updated_bias
 from .._checks import experts_per_token, integer, positive_integer
 from .._routing import InputIds, Scores
-from .base import AbstractRouter, Selection
+from .._sign_bias import check_bias_dtype
+from .base import AbstractRouter, BiasRule, Selection
 from .gate import Gate, GateOptions
 
 # What ranks a group: the sum of so many of its best biased scores.
@@ -117,19 +117,19 @@ class TopKRouter(AbstractRouter):
         _, indices = jax.lax.top_k(corrected, self.num_experts_per_token)
         return indices.astype(jnp.int32), ~undefined.any(axis=-1)
 
-    def rebalanced(
-        self, load: Int[Array, "*layers experts"], rate: Real[ArrayLike, ""]
-    ) -> "TopKRouter":
-        """The router whose bias made one step of size `rate` against a `load`.
+    def rebalanced(self, rule: BiasRule, item: Any) -> "TopKRouter":
+        """The router whose bias is `rule(bias, item)`.
 
-        The counts are `(*layers, experts)`. **Raises:** as `updated_bias` does. **Example:**
+        **Example:**
 
-            >>> import braidax as bx, jax
+            >>> import braidax as bx, functools, jax
             >>> router = bx.TopKRouter(32, 4, 2, key=jax.random.key(0))
-            >>> router.rebalanced(jax.numpy.array([4, 2, 1, 1]), 0.5).score_correction_bias.tolist()
+            >>> rule = functools.partial(bx.updated_bias, rate=0.5)
+            >>> router = router.rebalanced(rule, jax.numpy.array([4, 2, 1, 1]))
+            >>> router.score_correction_bias.tolist()
             [-0.5, 0.0, 0.5, 0.5]
         """
-        bias = updated_bias(self.score_correction_bias, load, rate)
+        bias = rule(self.score_correction_bias, item)
         return eqx.tree_at(lambda router: router.score_correction_bias, self, bias)
 
 
