@@ -11,6 +11,7 @@ from ._scoring import sqrt_softplus as sqrt_softplus
 
 # Routers, and tables from token to experts
 from ._router import AbstractRouter as AbstractRouter
+from ._router import ExpertChoiceRouter as ExpertChoiceRouter
 from ._router import Gate as Gate
 from ._router import HashRouter as HashRouter
 from ._router import TopKRouter as TopKRouter

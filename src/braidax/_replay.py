@@ -8,7 +8,6 @@ from ._routing import (
     HiddenStates,
     Mask,
     Routing,
-    count_nobody,
     undefined_where,
     without_masked,
     zero_masked,
@@ -21,7 +20,7 @@ def replayed(
     """`routing`, with its mask folded in, for these hidden states and this router.
 
     A token with an index that is neither an expert nor nobody gets NaN weights: a router makes
-    only valid indices. `dropped` counts the assignments of real tokens to nobody.
+    only valid indices. `dropped` counts the assignments that are missing, as the router does.
 
     **Raises:** `ValueError` or `TypeError` if `routing` does not fit.
     """
@@ -34,7 +33,7 @@ def replayed(
     nobody = indices == num_experts
     weights = undefined_where(~valid.all(axis=-1, keepdims=True), routing.weights)
     weights = zero_masked(jnp.where(nobody, 0, weights), mask)
-    dropped = count_nobody(indices, mask, num_experts)
+    dropped = router.count_dropped(indices, mask)
     return Routing(indices, weights, routing.scores, routing.logits, mask, dropped)
 
 

@@ -43,6 +43,8 @@ def make_block(router="top_k", num_experts=EXPERTS, *, dtype=jnp.float32, seed=0
     if router == "hash":
         table = bx.hash_tables.md5(VOCAB, num_experts, SLOTS)
         gate = bx.HashRouter(HIDDEN, num_experts, SLOTS, table=table, dtype=dtype, key=keys[0])
+    elif router == "expert_choice":
+        gate = bx.ExpertChoiceRouter(HIDDEN, num_experts, SLOTS, dtype=dtype, key=keys[0])
     else:
         gate = bx.TopKRouter(HIDDEN, num_experts, SLOTS, dtype=dtype, key=keys[0])
         bias = 0.2 * jax.random.normal(keys[3], (num_experts,))

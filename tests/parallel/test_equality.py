@@ -123,11 +123,11 @@ def masked_and_replayed(model, hidden_states, input_ids, target, mask):
 
 
 @functools.cache
-def masked_on_one_device():
+def masked_on_one_device(router="hash"):
     hidden_states, input_ids, target = make_tokens(3, 5)
     mask = jnp.arange(15).reshape(3, 5) % 4 != 1
     arrays = (hidden_states, jnp.where(mask, input_ids, -1), target, mask)
-    return arrays, masked_and_replayed(make_block("hash"), *arrays)
+    return arrays, masked_and_replayed(make_block(router), *arrays)
 
 
 @pytest.mark.parametrize("kind", slow_but_one(KINDS))
@@ -135,6 +135,16 @@ def test_hashed_masked_and_replayed(kind):
     arrays, desired = masked_on_one_device()
     parallel = bx.ExpertParallel(make_mesh(kind))
     model = parallel.shard(make_block("hash"))
+    assert_trees_close(masked_and_replayed(model, *spread(parallel, *arrays)), desired)
+
+
+@pytest.mark.parametrize("kind", slow_but_one(KINDS))
+def test_experts_choose_among_the_tokens_of_all_devices(kind):
+    arrays, desired = masked_on_one_device("expert_choice")
+    load = bx.expert_load(desired[0][0][1][1])
+    assert load.tolist() == [5] * 8  # 11 tokens that are no padding, 3 experts each, rounded up
+    parallel = bx.ExpertParallel(make_mesh(kind))
+    model = parallel.shard(make_block("expert_choice"))
     assert_trees_close(masked_and_replayed(model, *spread(parallel, *arrays)), desired)
 
 

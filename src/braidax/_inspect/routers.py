@@ -3,13 +3,13 @@
 from typing import Any
 
 from .._checks import check
-from .._router import AbstractRouter, HashRouter, TopKRouter
+from .._router import AbstractRouter, ExpertChoiceRouter, HashRouter, TopKRouter
 
-_KINDS = {HashRouter: "hash", TopKRouter: "top-k"}
+_KINDS = {HashRouter: "hash", TopKRouter: "top-k", ExpertChoiceRouter: "expert choice"}
 
 
 def router_kind(router: AbstractRouter) -> str:
-    """`"hash"`, `"top-k"`, or the name of another class."""
+    """`"hash"`, `"top-k"`, `"expert choice"`, or the name of another class."""
     return _KINDS.get(type(router), type(router).__name__)
 
 

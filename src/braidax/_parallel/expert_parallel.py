@@ -14,7 +14,7 @@ from .exchange import AbstractExchange
 from .gather import Gather
 from .layout import MeshLayout
 from .placement import check_experts, is_block, placed, shardings
-from .shards import experts_on_shards, route_on_shards
+from .shards import experts_on_shards, route_on_shards, route_together
 
 _NO_CHECKS = (
     "`checks` must be False over a mesh. Got True: an error that is raised on one device leaves "
@@ -104,8 +104,10 @@ class ExpertParallel(AbstractDispatch):
 
     def route(self, router, hidden_states, input_ids, *, mask, key):
         """As `AbstractDispatch.route`: `router` on the part of `hidden_states`, `input_ids` and
-        `mask` that each device has, with `key` folded with its number."""
-        return route_on_shards(self.layout, router, hidden_states, input_ids, mask, key)
+        `mask` that each device has, with `key` folded with its number. A router that compares
+        tokens sees all of them, and `key` as it is."""
+        route = route_together if router.compares_tokens else route_on_shards
+        return route(self.layout, router, hidden_states, input_ids, mask, key)
 
     def checked(self, routing: Routing) -> Routing:
         """**Raises:** `ValueError`, always: an error on one device leaves the others waiting."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray, PyTree
 
 from .._experts import AbstractExperts
 from .._matmul import AbstractGroupedMatmul, GroupedMatmul
-from .._mesh import varying_alike
+from .._mesh import placed_by_compiler, varying_alike
 from .._router import AbstractRouter, check_hidden_states, check_mask, checked_ids
 from .._routing import Routing
 from .context import Context, context_of
@@ -64,6 +64,25 @@ def route_on_shards(
     mapped = _mapped(context, on_shard, *specs)
     routed, dropped = mapped(tokens, context.reshard(arrays), key)
     return Routing(*map(spread.restore, routed), mask=mask, dropped=dropped)
+
+
+def route_together(
+    layout: MeshLayout,
+    router: AbstractRouter,
+    hidden_states: Float[Array, "*batch hidden"],
+    input_ids: Integer[Array, "*batch"] | None,
+    mask: Bool[Array, "*batch"] | None,
+    key: PRNGKeyArray | None,
+) -> Routing:
+    """The `Routing` of all tokens by a router that compares them: the compiler gathers what the
+    comparison needs."""
+    context_of(layout)  # raises the errors of a surrounding `jax.shard_map`
+    arrays, static = eqx.partition(router, eqx.is_array)
+
+    def together(arrays, hidden_states, input_ids, mask, key):
+        return eqx.combine(arrays, static)(hidden_states, input_ids, mask=mask, key=key)
+
+    return placed_by_compiler(together, arrays, jnp.asarray(hidden_states), input_ids, mask, key)
 
 
 def experts_on_shards(

@@ -4,6 +4,7 @@ from .base import AbstractRouter as AbstractRouter
 from .base import check_hidden_states as check_hidden_states
 from .base import check_mask as check_mask
 from .base import checked_ids as checked_ids
+from .expert_choice import ExpertChoiceRouter as ExpertChoiceRouter
 from .from_config import router_from_config as router_from_config
 from .gate import Gate as Gate
 from .gate import GateOptions as GateOptions

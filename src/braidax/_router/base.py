@@ -13,6 +13,7 @@ from .._checks import array_kind, last_axis
 from .._compiled import compiled
 from .._routing import (
     HiddenStates,
+    Indices,
     InputIds,
     Mask,
     Routing,
@@ -38,7 +39,10 @@ class AbstractRouter(eqx.Module):
     must not be trained by gradient are listed in `untrained_fields`.
 
     - `gate`: a `Gate`.
-    - `num_experts_per_token`: the number of indices that `select` returns for a token.
+    - `num_experts_per_token`: the number of experts of a token, on average where that differs.
+
+    A router whose choice for one token depends on others sets `compares_tokens`. Over a mesh the
+    router then sees the tokens of all devices at once.
 
     **Example:** a router that takes the worst experts, for a comparison.
 
@@ -60,6 +64,7 @@ class AbstractRouter(eqx.Module):
     num_experts_per_token: eqx.AbstractVar[int]
 
     untrained_fields: ClassVar[tuple[str, ...]] = ()
+    compares_tokens: ClassVar[bool] = False
 
     @abc.abstractmethod
     def select(
@@ -73,12 +78,21 @@ class AbstractRouter(eqx.Module):
         """Which experts, for given `scores` and `logits`, `(*batch, experts)` float32.
 
         A router may look at `input_ids`, `(*batch,)` or `None`, and draw random numbers with
-        `key`, what the block was called with.
+        `key`, what the block was called with. Scores and logits of padding are -inf here: padding
+        loses wherever tokens are compared.
 
         **Returns:** `(*batch, experts_per_token)` int32 indices, all within `[0, experts]`, of
         which `experts` is nobody; and `(*batch,)` bool, whether each token has a defined answer. A
         token without one gets NaN weights for its experts and leaves all others untouched.
         """
+
+    def count_dropped(self, indices: Indices, mask: Mask | None) -> Int[Array, ""]:
+        """How many assignments are missing from `indices`, `(*batch, experts_per_token)`.
+
+        These are the slots of nobody, of tokens that `mask`, `(*batch,)` or `None`, does not call
+        padding. A router that leaves slots unused overrides it.
+        """
+        return count_nobody(indices, mask, self.gate.weight.shape[0])
 
     def rebalanced(self, rule: BiasRule, item: Any) -> "AbstractRouter":
         """This router after one step of a `rule` of balancing.
@@ -112,14 +126,19 @@ class AbstractRouter(eqx.Module):
         check_hidden_states(self, hidden_states)
         check_mask(mask, hidden_states.shape[:-1])
         scores, logits = self.gate(zero_masked(jnp.asarray(hidden_states), mask))
-        indices, defined = self.select(scores, logits, input_ids, key=key)
+        compared = _lowest_masked(scores, mask), _lowest_masked(logits, mask)
+        indices, defined = self.select(*compared, input_ids, key=key)
         indices = without_masked(indices, mask, scores.shape[-1])
         weights = self.gate.weigh(scores, indices)
         # A select: nothing that comes back through padding may reach the gate.
         undefined = ~defined[..., None] & (indices < scores.shape[-1])
         weights = undefined_where(undefined, zero_masked(weights, mask))
-        dropped = count_nobody(indices, mask, scores.shape[-1])
+        dropped = self.count_dropped(indices, mask)
         return Routing(indices, weights, scores, logits, mask, dropped)
+
+
+def _lowest_masked(array: Scores, mask: Mask | None) -> Scores:
+    return array if mask is None else jnp.where(mask[..., None], array, -jnp.inf)
 
 
 def check_hidden_states(router: AbstractRouter, hidden_states: HiddenStates) -> None:
