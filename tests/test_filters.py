@@ -107,9 +107,10 @@ def test_decay_mask_keeps_the_structure_of_params():
         ("model", bx.routers),
         ("model", lambda model: bx.cast(model, jnp.bfloat16)),
         ("params", bx.decay_mask),
+        ("params", bx.muon_dimension_numbers),
         ("model", lambda model: bx.rebalance(model, [], 0.1)),
     ],
-    ids=("trainable", "routers", "cast", "decay_mask", "rebalance"),
+    ids=("trainable", "routers", "cast", "decay_mask", "muon_dimension_numbers", "rebalance"),
 )
 def test_what_is_no_tree_is_refused(name, function, given):
     with pytest.raises(TypeError, match=f"`{name}` must be a model or a tree of its parameters"):

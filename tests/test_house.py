@@ -41,7 +41,7 @@ RANKS = (
     ("_router",),
     ("_dispatch", "_replay", "_filters"),
     ("_moe", "_bias_update"),
-    ("_common", "_upcycle"),
+    ("_common", "_upcycle", "_muon"),
     ("_parallel", "_checkpoint", "_inspect"),
     ("training", "exchange"),
     ("__init__",),

@@ -30,11 +30,11 @@ def routers(model: PyTree) -> list[AbstractRouter]:
         >>> [router.gate.weight.shape for router in bx.routers(model)]
         [(8, 32), (16, 32)]
     """
-    _check_tree("model", model)
+    check_tree("model", model)
     return [node for node in jax.tree.leaves(model, is_leaf=is_router) if is_router(node)]
 
 
-def _check_tree(name: str, tree: PyTree) -> None:
+def check_tree(name: str, tree: PyTree) -> None:
     """`tree` is not a mere number, a function or a word, for which every filter has an answer."""
     if jax.tree_util.all_leaves([tree]) and not _is_parameter(tree):
         raise TypeError(
@@ -89,7 +89,7 @@ def trainable(model: PyTree) -> PyTree[bool]:
         >>> parameters.gate.weight.shape, parameters.score_correction_bias
         ((8, 32), None)
     """
-    _check_tree("model", model)
+    check_tree("model", model)
     return _mask(model, _is_parameter)
 
 
@@ -115,7 +115,7 @@ def decay_mask(params: PyTree) -> PyTree[bool]:
         >>> mask.gate.weight, mask.score_correction_bias
         (True, False)
     """
-    _check_tree("params", params)
+    check_tree("params", params)
     return _mask(params, lambda _: True)
 
 
@@ -137,7 +137,7 @@ def cast(model: PyTree, dtype: DTypeLike) -> PyTree:
         >>> str(narrow.experts.down.dtype), str(narrow.router.gate.weight.dtype)
         ('bfloat16', 'float32')
     """
-    _check_tree("model", model)
+    check_tree("model", model)
     dtype = floating_dtype("dtype", dtype)
 
     def visit(node: Any) -> Any:

@@ -186,6 +186,19 @@ def test_a_training_step_under_optax():
     assert losses[2] < losses[0] and model.routed.router.score_correction_bias.any()
 
 
+def test_muon_orthogonalizes_every_matrix():
+    block = make_block()
+    params = eqx.filter(block, bx.trainable(block))
+    options = {"beta": 0.0, "muon_weight_dimension_numbers": bx.muon_dimension_numbers}
+    optimizer = optax.contrib.muon(1.0, **options)
+    updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+    gate_up, down = updates.routed.experts.gate_up, updates.routed.experts.down
+    values = jnp.linalg.svd(gate_up, compute_uv=False)
+    assert values.shape == (EXPERTS, 2, INTERMEDIATE) and 0.6 < values.min() < values.max() < 1.25
+    values = jnp.linalg.svd(down, compute_uv=False) / (HIDDEN / INTERMEDIATE) ** 0.5
+    assert 0.6 < values.min() < values.max() < 1.25
+
+
 def test_a_training_run(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("routers choose, experts compute. " * 200)
