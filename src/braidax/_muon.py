@@ -58,8 +58,8 @@ def muon_dimension_numbers(params: PyTree) -> PyTree[MuonDimensionNumbers | None
     a tree that is a callable module. In `optax.inject_hyperparams` name the function, by
     `static_args="muon_weight_dimension_numbers"`.
 
-    The factor of `optax.contrib.muon` for a shape is that of one matrix. Leave `adaptive` off: optax
-    0.2.8 makes one scale for a whole array then, out of the gradients of all experts.
+    The factor of `optax.contrib.muon` for a shape is that of one matrix. Leave `adaptive` off: in
+    optax 0.2.8 its scale is one for a whole array, made of the gradients of all experts.
 
     **Raises:** `TypeError` if `params` is no tree, as the step count of such a call.
 

@@ -73,7 +73,7 @@ def plan(
 
     The sizes of the expert axis are those that divide both `devices` and the experts. This is
     arithmetic, not a measurement. Routing is taken to be even, and communication not to overlap
-    with compute. Experts that hand a token on have no weights and take no rows; their part of an
+    with compute. Experts that hand a token on have no weights and take no rows. Their part of an
     even routing is no traffic of `Ragged` and no compute.
 
     **Arguments:**
