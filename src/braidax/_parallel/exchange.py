@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 class Sizes(NamedTuple):
     """The numbers that traffic and memory depend on; `item` is bytes per element of tokens.
 
-    `identity` experts, beside the `experts`, hand a token on: they hold no weights and take no
-    rows, but some of the `experts_per_token` are theirs.
+    `identity` more experts hand a token on. They hold no weights and take no rows, but some of the
+    `experts_per_token` are theirs.
     """
 
     hidden: int
