@@ -84,9 +84,16 @@ MUTANTS = (
     Mutant(
         "a replayed index of no expert gives NaN",
         "_replay.py",
-        "weights = undefined_where(~valid.all(axis=-1, keepdims=True), routing.weights)",
+        "weights = undefined_where(~defined[..., None], routing.weights)",
         "weights = routing.weights",
         ("moe::replaying_an_index_of_no_expert_poisons_its_token_only[-1-blocks]",),
+    ),
+    Mutant(
+        "a chosen index of no expert gives NaN",
+        "_router/base.py",
+        "valid.all(axis=-1)",
+        "valid.all(axis=-1) | True",
+        ("replay::an_index_of_no_expert_poisons_its_token_only",),
     ),
     Mutant(
         "padding is selected away, not multiplied away",

@@ -309,7 +309,7 @@ def test_replay_errors(unchecked):
     np.testing.assert_array_equal(np.asarray(again), np.asarray(block(hidden_states)[0]))
     with pytest.raises(ValueError, match="`mask`"):
         block(hidden_states, mask=jnp.ones((2, 6), bool), routing=routing)
-    with pytest.raises(ValueError, match="`routing`"):
+    with pytest.raises(ValueError, match="`routing.indices`"):
         block(hidden_states[:1], routing=routing)
 
 

@@ -1,9 +1,14 @@
-"""Replaying a given assignment: what is refused, and what poisons a token."""
+"""Replaying a given assignment with its weights: what is refused, and what poisons a token."""
 
 import jax.numpy as jnp
 
-from ._checks import at_least_int32
-from ._router import AbstractRouter, check_hidden_states, check_mask
+from ._router import (
+    AbstractRouter,
+    check_hidden_states,
+    check_mask,
+    checked_indices,
+    named_experts,
+)
 from ._routing import (
     HiddenStates,
     Mask,
@@ -26,12 +31,10 @@ def replayed(
     """
     _check(router, hidden_states, mask, routing)
     num_experts, mask = routing.scores.shape[-1], routing.mask
-    indices = at_least_int32(routing.indices)
-    valid = (indices >= 0) & (indices <= num_experts)
-    indices = jnp.where(valid, indices, 0).astype(jnp.int32)
+    indices, defined = named_experts(routing.indices, num_experts)
     indices = without_masked(indices, mask, num_experts)
     nobody = indices == num_experts
-    weights = undefined_where(~valid.all(axis=-1, keepdims=True), routing.weights)
+    weights = undefined_where(~defined[..., None], routing.weights)
     weights = zero_masked(jnp.where(nobody, 0, weights), mask)
     dropped = router.count_dropped(indices, mask)
     return Routing(indices, weights, routing.scores, routing.logits, mask, dropped)
@@ -45,10 +48,11 @@ def _check(
         raise ValueError("`mask` must be None when `routing` is given: it has its own. Got both.")
     batch, num_experts = hidden_states.shape[:-1], router.gate.weight.shape[0]
     check_mask(routing.mask, batch)
-    if routing.indices.shape[:-1] != batch or routing.weights.shape != routing.indices.shape:
+    indices = checked_indices("routing.indices", routing.indices, batch)
+    if routing.weights.shape != indices.shape:
         raise ValueError(
-            f"`routing` must have indices and weights of shape {(*batch, 'experts_per_token')}. "
-            f"Got {routing.indices.shape} and {routing.weights.shape}."
+            "`routing.weights` must have the shape of `routing.indices`, "
+            f"{tuple(indices.shape)}. Got {tuple(routing.weights.shape)}."
         )
     if routing.scores.shape[-1] != num_experts:
         raise ValueError(

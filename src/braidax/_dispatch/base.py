@@ -43,12 +43,14 @@ class AbstractDispatch(eqx.Module):
         *,
         mask: Bool[Array, "*batch"] | None,
         key: PRNGKeyArray | None,
+        indices: Integer[Array, "*batch experts_per_token"] | None,
     ) -> Routing:
         """The `Routing` by `router` of `hidden_states`, `(*batch, hidden)`.
 
-        `input_ids` and `mask` are `(*batch,)` or `None`, and `key` goes to the router. A dispatch
-        over a mesh routes where the tokens are."""
-        return router(hidden_states, input_ids, mask=mask, key=key)
+        `input_ids` and `mask` are `(*batch,)`, `indices` `(*batch, experts_per_token)`, or `None`;
+        `key` goes to the router. A dispatch over a mesh routes where the tokens are.
+        """
+        return router(hidden_states, input_ids, mask=mask, key=key, indices=indices)
 
     def checked(self, routing: Routing) -> Routing:
         """`routing`, tied to a run-time error for a token without a defined answer: what a block
@@ -58,7 +60,7 @@ class AbstractDispatch(eqx.Module):
             routing.weights,
             jnp.isnan(routing.weights),
             "A token has no experts: its id is outside the table of the router (`input_ids`), a "
-            "given index names no expert (`routing.indices`), or a score is NaN.",
+            "given index names no expert (`indices`, `routing.indices`), or a score is NaN.",
         )
         return eqx.tree_at(lambda r: r.weights, routing, weights)
 

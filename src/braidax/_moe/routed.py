@@ -139,6 +139,7 @@ class RoutedMoE(eqx.Module):
         *,
         mask: Bool[Array, "*batch"] | None = None,
         routing: Routing | None = None,
+        indices: Integer[Array, "*batch experts_per_token"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "*batch hidden"], Routing]:
         """Route, dispatch, compute, combine.
@@ -151,13 +152,16 @@ class RoutedMoE(eqx.Module):
         - `mask`: `(*batch,)` bool, `False` on padding: zero output, no gradient, not counted.
         - `routing`: replay this assignment, its mask included, instead of routing. A token with
             an index that is neither an expert nor nobody gets NaN, as one with an unknown id does.
+        - `indices`: `(*batch, experts_per_token)` integers: replay this choice of experts, and
+            compute its weights anew, so that the gate has its gradient. As for a router.
         - `key`: handed to the router's `select`.
 
         **Returns:** the output, in the shape and dtype of `hidden_states`, and the `Routing`.
 
         **Raises:** `ValueError` or `TypeError` at trace time for wrong shapes and dtypes.
         """
-        output, routing = routed_sum(self, hidden_states, input_ids, mask, routing, key)
+        options = {"mask": mask, "routing": routing, "indices": indices, "key": key}
+        output, routing = routed_sum(self, hidden_states, input_ids, **options)
         return output.astype(hidden_states.dtype), routing
 
 
@@ -169,15 +173,19 @@ def routed_sum(
     block: RoutedMoE,
     hidden_states: Float[Array, "*batch hidden"],
     input_ids: Integer[Array, "*batch"] | None,
+    *,
     mask: Bool[Array, "*batch"] | None,
     routing: Routing | None,
+    indices: Integer[Array, "*batch experts_per_token"] | None,
     key: PRNGKeyArray | None,
 ) -> tuple[Float[Array, "*batch hidden"], Routing]:
     """The four stages, up to the float32 (or wider) sum over experts, not yet rounded."""
     if routing is None:
-        route = block.dispatch.route
-        routing = route(block.router, hidden_states, input_ids, mask=mask, key=key)
+        options = {"mask": mask, "key": key, "indices": indices}
+        routing = block.dispatch.route(block.router, hidden_states, input_ids, **options)
     else:
+        if indices is not None:
+            raise ValueError("`indices` must be None when `routing` is given. Got both.")
         routing = replayed(block.router, hidden_states, mask, routing)
     if block.checks:
         routing = block.dispatch.checked(routing)

@@ -104,10 +104,12 @@ class RoutedAndSharedMoE(eqx.Module):
         *,
         mask: Bool[Array, "*batch"] | None = None,
         routing: Routing | None = None,
+        indices: Integer[Array, "*batch experts_per_token"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "*batch hidden"], Routing]:
         """As `RoutedMoE.__call__`, with the shared expert's output added."""
-        output, routing = routed_sum(self.routed, hidden_states, input_ids, mask, routing, key)
+        options = {"mask": mask, "routing": routing, "indices": indices, "key": key}
+        output, routing = routed_sum(self.routed, hidden_states, input_ids, **options)
         tokens = zero_masked(hidden_states, routing.mask)
         shared = self.shared(tokens)
         if self.shared_gate is not None:

@@ -102,12 +102,14 @@ class ExpertParallel(AbstractDispatch):
         """The mesh and its axes, with the number of devices on them."""
         return MeshLayout(self.mesh, self.axis, self.tokens)
 
-    def route(self, router, hidden_states, input_ids, *, mask, key):
-        """As `AbstractDispatch.route`: `router` on the part of `hidden_states`, `input_ids` and
-        `mask` that each device has, with `key` folded with its number. A router that compares
-        tokens sees all of them, and `key` as it is."""
-        route = route_together if router.compares_tokens else route_on_shards
-        return route(self.layout, router, hidden_states, input_ids, mask, key)
+    def route(self, router, hidden_states, input_ids, *, mask, key, indices):
+        """As `AbstractDispatch.route`: `router` on the part of `hidden_states`, `input_ids`, `mask`
+        and `indices` that each device has, with `key` folded with its number. A router that
+        compares tokens, and has no `indices` to do without, sees all of them, and `key` as it is.
+        """
+        together = router.compares_tokens and indices is None
+        route = route_together if together else route_on_shards
+        return route(self.layout, router, (hidden_states, input_ids, mask, indices), key)
 
     def checked(self, routing: Routing) -> Routing:
         """**Raises:** `ValueError`, always: an error on one device leaves the others waiting."""

@@ -10,13 +10,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._experts import AbstractExperts
 from .._matmul import AbstractGroupedMatmul, GroupedMatmul
 from .._mesh import placed_by_compiler, varying_alike
-from .._router import AbstractRouter, check_hidden_states, check_mask, checked_ids
-from .._routing import Routing
+from .._router import (
+    AbstractRouter,
+    check_hidden_states,
+    check_mask,
+    checked_ids,
+    checked_indices,
+)
+from .._routing import HiddenStates, InputIds, Mask, Routing
 from .context import Context, context_of
 from .exchange import AbstractExchange, Shard
 from .layout import MeshLayout
@@ -28,50 +34,53 @@ from .tokens import token_layout
 CHUNK = 1.25
 _EVERYWHERE = PartitionSpec()
 
+# Hidden states, ids, mask and indices, as a router takes them.
+_Tokens = tuple[HiddenStates, InputIds | None, Mask | None, Array | None]
+
 
 def route_on_shards(
     layout: MeshLayout,
     router: AbstractRouter,
-    hidden_states: Float[Array, "*batch hidden"],
-    input_ids: Integer[Array, "*batch"] | None,
-    mask: Bool[Array, "*batch"] | None,
+    tokens: _Tokens,
     key: PRNGKeyArray | None,
 ) -> Routing:
     """The `Routing` of all tokens, each routed on the device that has it."""
+    hidden_states, input_ids, mask, indices = tokens
     # Checked here, because inside the shapes are those of one device's part.
     check_hidden_states(router, hidden_states)
     batch = jnp.shape(hidden_states)[:-1]
     check_mask(mask, batch)
     if input_ids is not None:
         checked_ids(input_ids, batch)
+    if indices is not None:
+        checked_indices("indices", indices, batch)
     spread = token_layout(layout, jnp.asarray(hidden_states))
-    tokens = jax.tree.map(spread.spread, (jnp.asarray(hidden_states), input_ids, mask))
+    tokens = jax.tree.map(spread.spread, (jnp.asarray(hidden_states), *tokens[1:]))
     arrays, static = eqx.partition(router, eqx.is_array)
     context = context_of(layout)
 
     def on_shard(tokens, arrays, key):
-        (hidden_states, input_ids, mask), arrays = varying_alike((tokens, arrays))
+        (hidden_states, input_ids, mask, indices), arrays = varying_alike((tokens, arrays))
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(layout.tokens))
-        routing = eqx.combine(arrays, static)(hidden_states, input_ids, mask=mask, key=key)
+        options = {"mask": mask, "key": key, "indices": indices}
+        routing = eqx.combine(arrays, static)(hidden_states, input_ids, **options)
         # A router may choose without looking at the tokens.
         routing, _ = varying_alike((routing, hidden_states))
-        routed = (routing.indices, routing.weights, routing.scores, routing.logits)
-        return routed, jax.lax.psum(routing.dropped, layout.tokens)
+        return routing.indices, routing.weights, routing.scores, routing.logits
 
     parts = PartitionSpec(layout.tokens)
-    specs = (parts, _EVERYWHERE, _EVERYWHERE), (parts, _EVERYWHERE)
-    mapped = _mapped(context, on_shard, *specs)
-    routed, dropped = mapped(tokens, context.reshard(arrays), key)
-    return Routing(*map(spread.restore, routed), mask=mask, dropped=dropped)
+    mapped = _mapped(context, on_shard, (parts, _EVERYWHERE, _EVERYWHERE), parts)
+    chosen, *rest = map(spread.restore, mapped(tokens, context.reshard(arrays), key))
+    # Counted over all tokens: a device's part has padding, and not the whole share of an expert.
+    dropped = placed_by_compiler(router.count_dropped, chosen, mask)
+    return Routing(chosen, *rest, mask=mask, dropped=dropped)
 
 
 def route_together(
     layout: MeshLayout,
     router: AbstractRouter,
-    hidden_states: Float[Array, "*batch hidden"],
-    input_ids: Integer[Array, "*batch"] | None,
-    mask: Bool[Array, "*batch"] | None,
+    tokens: _Tokens,
     key: PRNGKeyArray | None,
 ) -> Routing:
     """The `Routing` of all tokens by a router that compares them: the compiler gathers what the
@@ -79,10 +88,11 @@ def route_together(
     context_of(layout)  # raises the errors of a surrounding `jax.shard_map`
     arrays, static = eqx.partition(router, eqx.is_array)
 
-    def together(arrays, hidden_states, input_ids, mask, key):
-        return eqx.combine(arrays, static)(hidden_states, input_ids, mask=mask, key=key)
+    def together(arrays, hidden_states, input_ids, mask, indices, key):
+        options = {"mask": mask, "key": key, "indices": indices}
+        return eqx.combine(arrays, static)(hidden_states, input_ids, **options)
 
-    return placed_by_compiler(together, arrays, jnp.asarray(hidden_states), input_ids, mask, key)
+    return placed_by_compiler(together, arrays, jnp.asarray(tokens[0]), *tokens[1:], key)
 
 
 def experts_on_shards(

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, Integer, PRNGKeyArray
 
-from .._checks import array_kind, last_axis
+from .._checks import array_kind, at_least_int32, last_axis
 from .._compiled import compiled
 from .._routing import (
     HiddenStates,
@@ -112,6 +112,7 @@ class AbstractRouter(eqx.Module):
         *,
         mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
+        indices: Integer[Array, "*batch experts_per_token"] | None = None,
     ) -> Routing:
         """Route every token.
 
@@ -120,14 +121,23 @@ class AbstractRouter(eqx.Module):
         - `mask`: `(*batch,)` bool, `False` on padding. Padding goes to nobody and may hold
             anything, NaN and invalid ids included.
         - `key`: handed to `select`.
+        - `indices`: `(*batch, experts_per_token)` integers: the experts of each token, in place of
+            `select`. Scores and weights are those of the gate, and have its gradient. The number
+            of experts per token is free. An index equal to `experts` is nobody, and a token with
+            any other index of no expert gets NaN weights.
 
         **Raises:** `ValueError` or `TypeError` at trace time for a wrong shape or dtype.
         """
         check_hidden_states(self, hidden_states)
-        check_mask(mask, hidden_states.shape[:-1])
+        batch = hidden_states.shape[:-1]
+        check_mask(mask, batch)
         scores, logits = self.gate(zero_masked(jnp.asarray(hidden_states), mask))
-        compared = _lowest_masked(scores, mask), _lowest_masked(logits, mask)
-        indices, defined = self.select(*compared, input_ids, key=key)
+        if indices is None:
+            compared = _lowest_masked(scores, mask), _lowest_masked(logits, mask)
+            indices, defined = self.select(*compared, input_ids, key=key)
+        else:
+            indices = checked_indices("indices", indices, batch)
+            indices, defined = named_experts(indices, scores.shape[-1])
         indices = without_masked(indices, mask, scores.shape[-1])
         weights = self.gate.weigh(scores, indices)
         # A select: nothing that comes back through padding may reach the gate.
@@ -162,6 +172,30 @@ def checked_ids(input_ids: InputIds, batch: tuple[int, ...]) -> InputIds:
     """`input_ids`, if they are integers of shape `batch`; never broadcast."""
     _check_entries("input_ids", input_ids, jnp.integer, batch)
     return input_ids
+
+
+def checked_indices(name: str, indices: Array, batch: tuple[int, ...]) -> Array:
+    """`indices`, if they are integers of shape `(*batch, experts_per_token)`."""
+    array_kind(name, indices, jnp.integer)
+    shape = jnp.shape(indices)
+    if shape[:-1] != tuple(batch) or 0 in (len(shape), *shape[-1:]):
+        raise ValueError(
+            f"`{name}` must have shape {(*batch, 'experts_per_token')}, with at least one expert "
+            f"for a token. Got {shape}."
+        )
+    return indices
+
+
+def named_experts(
+    indices: Integer[Array, "*batch experts_per_token"], num_experts: int
+) -> Selection:
+    """`indices` that were chosen elsewhere, as `select` returns its own.
+
+    A token with an index that is neither an expert nor nobody has no defined answer."""
+    # Wide indices are compared in their own dtype: narrowing first would wrap them into range.
+    indices = at_least_int32(indices)
+    valid = jnp.asarray((indices >= 0) & (indices <= num_experts))
+    return jnp.where(valid, indices, 0).astype(jnp.int32), valid.all(axis=-1)
 
 
 def _check_entries(name: str, array: Array, kind: Any, batch: tuple[int, ...]) -> None:
