@@ -63,6 +63,20 @@ def test_the_diff_of_a_family_is_what_is_there():
     assert {path.relative_to(ROOT).as_posix() for path in others} <= shared
 
 
+def test_every_feature_of_the_comparison_has_its_test():
+    """Each row of which braidax does not say "no" names a test that its file has."""
+    page = (DOCS / "comparison.md").read_text(encoding="utf-8")
+    tables, tests = page.split("\n## Tests\n")
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|.*\|$", tables, re.MULTILINE)
+    claimed = {feature for feature, ours in rows if not re.match(r"(no|\[no\].*)$", ours)}
+    named = re.findall(r"^\| (.+) \| `(.+\.py)` \| `(test_\w+)` \|$", tests, re.MULTILINE)
+    assert len(named) == tests.count("\n| ") - 1 > 20
+    assert {feature for feature, *_ in named} == claimed - {"feature"}
+    for _, file, test in named:
+        code = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        assert test in {node.name for node in code.body if isinstance(node, ast.FunctionDef)}, test
+
+
 def test_the_readme_is_one_page():
     assert len(README.splitlines()) <= 150
 
