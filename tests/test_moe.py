@@ -471,34 +471,6 @@ def test_what_a_kernel_leaves_is_cleared():
     assert d_weight.tolist() == [[[4, -2], [6, -2]], [[0, 0], [0, 0]]]
 
 
-@pytest.mark.parametrize("capacity", [0, 3, 8, 100])
-def test_capacity_against_a_recount(capacity):
-    """Counted token by token; masked tokens take no room."""
-    block = make_block(bx, "top_k", "blocks").routed
-    hidden_states, _ = make_inputs((16,))
-    mask = jnp.arange(16) != 4
-    _, routing = call(block, hidden_states, mask=mask)
-    capped = bx.over_capacity(routing, capacity)
-    indices, room = np.array(routing.indices), np.full(EXPERTS, capacity)
-    dropped = 0
-    for t, slot in np.ndindex(*indices.shape):
-        expert = indices[t, slot]
-        if expert == EXPERTS:
-            assert t == 4
-        elif room[expert]:
-            room[expert] -= 1
-        else:
-            indices[t, slot], dropped = EXPERTS, dropped + 1
-    np.testing.assert_array_equal(np.asarray(capped.indices), indices)
-    np.testing.assert_array_equal(
-        np.asarray(capped.weights), np.where(indices == EXPERTS, 0, np.asarray(routing.weights))
-    )
-    assert int(capped.dropped) == dropped
-    _, again = call(block, hidden_states, routing=capped)
-    assert int(again.dropped) == dropped
-    assert int(bx.expert_load(again).max()) <= capacity
-
-
 @pytest.mark.hazard(35)
 @every_backend
 def test_a_masked_row_stops_nan_in_both_directions(backend):

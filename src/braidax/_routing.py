@@ -6,14 +6,14 @@ The axis names of all annotations are a closed vocabulary:
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from ._checks import integer
+from ._checks import check, integer
 from ._mesh import placed_by_compiler
 
 # The arrays that most stages take or return.
@@ -166,17 +166,22 @@ def undefined_where(
     return jnp.where(undefined, 0, array) / divisor
 
 
-def over_capacity(routing: Routing, capacity: int) -> Routing:
-    """`routing` with at most `capacity` assignments for each expert; the later ones are nobody's.
+def over_capacity(
+    routing: Routing, capacity: int, *, by: Literal["position", "weight"] = "position"
+) -> Routing:
+    """`routing` with at most `capacity` assignments for each expert; all others are nobody's.
 
-    Tokens earlier in the batch win, and for one token the earlier slots. Weights are not
-    normalized again. `dropped` counts what was left out. All batch axes are one batch, and
-    stacked routings have the capacity each.
+    `by` says which assignments an expert keeps. By `"position"` tokens earlier in the batch win,
+    and for one token the earlier slots. By `"weight"` the highest weights win, of equal ones the
+    earlier, and NaN comes last. Padding takes no room. Weights are not normalized again. `dropped`
+    counts what was left out. All batch axes are one batch, and stacked routings have the capacity
+    each.
 
-    **Raises:** `ValueError` or `TypeError` unless `capacity` is an integer of at least 0, and
-    `TypeError` unless `routing` is a Routing.
+    **Raises:** `ValueError` or `TypeError` unless `capacity` is an integer of at least 0, and for a
+    `routing` or a `by` that is none.
 
-    **Source:** the capacity of Switch Transformers (arXiv:2101.03961), section 2.2.
+    **Source:** the capacity of Switch Transformers (arXiv:2101.03961), section 2.2. By weight it is
+    that of Batch Prioritized Routing (arXiv:2106.05974), for each expert.
 
     **Example:** three tokens that choose the same two experts, with room for two.
 
@@ -187,9 +192,12 @@ def over_capacity(routing: Routing, capacity: int) -> Routing:
         (2, [8, 8])
     """
     capacity = integer("capacity", capacity, 0)
+    check(by in ("position", "weight"), "by", "be 'position' or 'weight'", f"{by!r:.60}")
     num_experts = check_routing(routing).scores.shape[-1]
     indices = without_masked(routing.indices, routing.mask, num_experts)
-    place = placed_by_compiler(_mapped(_places, routing), indices, like=indices)
+    # What ranks the assignments of an expert. NaN is sorted to the end.
+    first = (-jax.lax.stop_gradient(routing.weights),) if by == "weight" else ()
+    place = placed_by_compiler(_mapped(_places, routing), indices, *first, like=indices)
     left_out = (place >= capacity) & (indices < num_experts)
     indices = jnp.where(left_out, num_experts, indices)
     weights = jnp.where(left_out, 0, routing.weights)
@@ -198,13 +206,12 @@ def over_capacity(routing: Routing, capacity: int) -> Routing:
     return Routing(indices, weights, routing.scores, routing.logits, routing.mask, dropped)
 
 
-def _places(indices: Indices) -> Indices:
-    """How many earlier assignments each assignment's expert has."""
-    flat = indices.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    ordered = flat[order]
-    position = jnp.arange(flat.size, dtype=jnp.int32)
-    first = jax.lax.cummax(jnp.where(ordered == jnp.roll(ordered, 1), 0, position))
-    places = position - first
-    place = jnp.zeros(flat.shape, jnp.int32).at[order].set(places, unique_indices=True)
+def _places(indices: Indices, *first: Weights) -> Indices:
+    """How many assignments of its expert come before each assignment: the lowest `first`, or the
+    first positions."""
+    keys = tuple(key.reshape(-1) for key in (indices, *first))
+    position = jnp.arange(indices.size, dtype=jnp.int32)
+    ordered, *_, order = jax.lax.sort((*keys, position), num_keys=len(keys), is_stable=True)
+    start = jax.lax.cummax(jnp.where(ordered == jnp.roll(ordered, 1), 0, position))
+    place = jnp.zeros_like(position).at[order].set(position - start, unique_indices=True)
     return place.reshape(indices.shape)

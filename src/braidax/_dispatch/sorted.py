@@ -1,4 +1,4 @@
-"""Dropless dispatch: one row for every assignment, sorted by expert."""
+"""Sorted dispatch: one row for every assignment, sorted by expert, up to a capacity."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,16 +11,16 @@ from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Int
 
 from .._balance import count_sorted
-from .._checks import boolean
+from .._checks import boolean, positive_integer
 from .._experts import AbstractExperts
 from .._matmul import LARGEST_BLOCK, AbstractGroupedMatmul, GroupedMatmul, accumulation_dtype
 from .._mesh import placed_by_compiler, split_axes, varying_alike
-from .._routing import Routing
+from .._routing import Routing, over_capacity
 from .base import AbstractDispatch, checked_kernel
 
 
 class SortedDispatch(AbstractDispatch):
-    """Rows sorted by expert, one for every assignment: no capacity, nothing dropped.
+    """Rows sorted by expert, one for every assignment. Nothing is dropped without a capacity.
 
     **Example:**
 
@@ -30,19 +30,31 @@ class SortedDispatch(AbstractDispatch):
     """
 
     matmul: AbstractGroupedMatmul
+    capacity: int | None = eqx.field(static=True)
     remat: bool = eqx.field(static=True)
 
-    def __init__(self, matmul: AbstractGroupedMatmul | None = None, *, remat: bool = False):
+    def __init__(
+        self,
+        matmul: AbstractGroupedMatmul | None = None,
+        *,
+        capacity: int | None = None,
+        remat: bool = False,
+    ):
         """**Arguments:**
 
         - `matmul`: the kernel of the experts' products; by default `Auto()`.
+        - `capacity`: the most assignments of an expert in a call. The later ones are left out, as
+            by `over_capacity`, and counted in `dropped`. A layer holds `experts * capacity` rows
+            then, if a row for every slot would be more. For `jax.export` with a symbolic number
+            of tokens it holds all.
         - `remat`: do not keep the experts' pre-activations, `(rows, 2 * intermediate)` float32 in
             each layer, for the backward pass: it computes them again. Same numbers, more time, and
             less memory for layers in a `jax.lax.scan`. Unrolled layers on a CPU gain nothing.
 
-        **Raises:** `TypeError` naming the argument.
+        **Raises:** `ValueError` or `TypeError` naming the argument.
         """
         self.matmul = checked_kernel(matmul)
+        self.capacity = None if capacity is None else positive_integer("capacity", capacity)
         self.remat = boolean("remat", remat)
 
     def __call__(
@@ -61,21 +73,25 @@ class SortedDispatch(AbstractDispatch):
             )
         slots, num_experts = routing.indices.shape[-1], routing.scores.shape[-1]
         matmul = GroupedMatmul(checked_kernel(self.matmul))
+        kept, most = routing, None
+        if self.capacity is not None:
+            kept, most = over_capacity(routing, self.capacity), self.capacity * num_experts
         arrays, static = eqx.partition(experts, eqx.is_array)
 
         def combined(arrays, tokens, indices, weights):
             compute = eqx.combine(arrays, static)
             compute = eqx.filter_checkpoint(compute) if self.remat else compute
-            return weighted_sum(compute, matmul, tokens, indices, weights, num_experts=num_experts)
+            sizes = {"num_experts": num_experts, "most": most}
+            return weighted_sum(compute, matmul, tokens, indices, weights, **sizes)
 
         output = placed_by_compiler(
             combined,
             arrays,
             hidden_states.reshape(-1, hidden_states.shape[-1]),
-            routing.indices.reshape(-1, slots),
-            routing.weights.reshape(-1, slots),
+            kept.indices.reshape(-1, slots),
+            kept.weights.reshape(-1, slots),
         )
-        return output.reshape(hidden_states.shape), jnp.zeros((), jnp.int32)
+        return output.reshape(hidden_states.shape), kept.dropped - routing.dropped
 
 
 def weighted_sum(
@@ -86,11 +102,16 @@ def weighted_sum(
     weights: Float[Array, "tokens experts_per_token"],
     *,
     num_experts: int,
+    most: int | None = None,
 ) -> Float[Array, "tokens hidden"]:
-    """Each token's weighted sum over the experts it names, in float32 or wider."""
+    """Each token's weighted sum over the experts it names, in float32 or wider.
+
+    `most` is a bound on the assignments that are not nobody's, if there is one."""
     tokens, indices, weights = varying_alike((tokens, indices, weights))
     slots = indices.shape[-1]
     plan = plan_rows(indices.reshape(-1), num_experts)
+    if most is not None and not is_symbolic_dim(plan.order.size):
+        plan = plan._replace(order=plan.order[:most])  # nobody's rows are the last
     rows = spread(tokens, plan.order, plan.inverse, slots)
     if is_symbolic_dim(rows.shape[0]):
         # Rows of nobody, so that a block of a size that is known now fits among them.
@@ -106,7 +127,7 @@ def weighted_sum(
 def spread(
     tokens: Float[Array, "tokens ..."],
     order: Int[Array, " rows"],
-    inverse: Int[Array, " rows"],
+    inverse: Int[Array, " assignments"],
     slots: int,
 ) -> Float[Array, "rows ..."]:
     """To each row its token: row `r` holds assignment `order[r]`, of token `order[r] // slots`.
@@ -121,19 +142,20 @@ def spread(
 def collect(
     rows: Float[Array, "rows ..."],
     order: Int[Array, " rows"],
-    inverse: Int[Array, " rows"],
+    inverse: Int[Array, " assignments"],
     slots: int,
 ) -> Float[Array, "tokens ..."]:
     """Sum over each token's rows, in the fixed order of its slots: the transpose of `spread`.
 
     One gather for each slot: XLA fuses their sum into one pass, 7 times faster on a CPU than a
-    reduction over a single gather, and never stores the rows in another order.
+    reduction over a single gather, and never stores the rows in another order. An assignment whose
+    row is past the end of `rows` is nobody's.
     """
-    del order
+    mode = "promise_in_bounds" if order.size == inverse.size else "fill"
     by_slot = inverse.reshape(-1, slots)
-    total = rows.at[by_slot[:, 0]].get(mode="promise_in_bounds")
+    total = rows.at[by_slot[:, 0]].get(mode=mode, fill_value=0)
     for slot in range(1, slots):
-        total = total + rows.at[by_slot[:, slot]].get(mode="promise_in_bounds")
+        total = total + rows.at[by_slot[:, slot]].get(mode=mode, fill_value=0)
     return total
 
 
@@ -159,11 +181,11 @@ class RowPlan(NamedTuple):
     """Rows sorted by expert, tokens in order within an expert, nobody's rows last.
 
     `order[row]` is the assignment (token * experts_per_token + slot) in that row, and
-    `inverse[assignment]` the row it went to.
+    `inverse[assignment]` the row it went to. Rows of nobody may be missing from `order`.
     """
 
     order: Int[Array, " rows"]
-    inverse: Int[Array, " rows"]
+    inverse: Int[Array, " assignments"]
     group_sizes: Int[Array, " groups"]
 
 

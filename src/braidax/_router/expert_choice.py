@@ -68,7 +68,7 @@ class ExpertChoiceRouter(AbstractRouter):
         - `num_experts_per_token`: the experts of a token on average, which makes the capacity.
         - `max_experts_per_token`: the slots of a token; by default `num_experts`, so that nothing
             is lost. The choices of lowest score that find no slot are counted in `dropped`.
-            Sorted rows are one for each slot, unless the dispatch has a capacity.
+            A `SortedDispatch` holds a row for each slot, unless it has this router's `capacity`.
         - `key` and the `gate_options`, which are `score_function`, `normalize`,
             `scaling_factor`, `temperature`, `use_bias` and `dtype`: as for `Gate`. As in the paper
             the scores are a softmax by default, and not normalized.
