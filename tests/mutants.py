@@ -198,7 +198,7 @@ MUTANTS = (
         "_routing.py",
         "left_out = (place >= capacity)",
         "left_out = (place > capacity)",
-        ("moe::capacity_against_a_recount",),
+        ("capacity::what_is_left_out_against_a_recount",),
     ),
     Mutant(
         "softmax obeys `normalize` as every score function does",
