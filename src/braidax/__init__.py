@@ -51,6 +51,8 @@ from ._balance import max_violation as max_violation
 from ._balance_losses import batch_balance_loss as batch_balance_loss
 from ._balance_losses import router_z_loss as router_z_loss
 from ._balance_losses import sequence_balance_loss as sequence_balance_loss
+from ._loss_moments import LossMoments as LossMoments
+from ._loss_moments import loss_moments as loss_moments
 from ._quantile_bias import BiasHistogram as BiasHistogram
 from ._quantile_bias import bias_histogram as bias_histogram
 from ._quantile_bias import quantile_bias as quantile_bias

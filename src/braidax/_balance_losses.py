@@ -1,68 +1,43 @@
-"""Balance losses: pure functions of a `Routing`, to be weighted and added by whoever trains.
+"""Losses: pure functions of a `Routing` or of moments, to be weighted and added by whoever trains.
 
 Stacked routings have a loss each: layers merged into one would balance their sum, and not them.
 """
 
-import math
+import functools
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from ._routing import Mask, Routing, of_each_call
-from ._scoring import normalized
-
-
-def nth_largest(scores: Float[Array, "*batch experts"], count: int) -> Float[Array, "*batch 1"]:
-    """The `count`-th largest of the scores, equal ones counted apart.
-
-    By comparisons alone, because the partitioner would gather all tokens' scores for `top_k`.
-    """
-
-    def lower(_, threshold):
-        enough = jnp.sum(scores >= threshold, axis=-1, keepdims=True) >= count
-        below = jnp.max(jnp.where(scores < threshold, scores, -jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(enough, threshold, below)
-
-    return jax.lax.fori_loop(0, count, lower, jnp.full_like(scores[..., :1], jnp.inf))
+from ._loss_moments import LossMoments, balance_loss, loss_moments, mean
+from ._routing import Routing, check_routing
 
 
-def _largest(
-    scores: Float[Array, "groups tokens experts"], count: int
-) -> Bool[Array, "groups tokens experts"]:
-    """Which entries `jax.lax.top_k` selects, that is the first of equal ones."""
-    smallest = nth_largest(scores, count)
-    above, equal = scores > smallest, scores == smallest
-    left = count - jnp.sum(above, axis=-1, keepdims=True)
-    return above | (equal & (jnp.cumsum(equal, axis=-1) <= left))
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(loss: Callable[[LossMoments], Array], routing: Routing | LossMoments) -> Array:
+    return loss(loss_moments(routing) if isinstance(routing, Routing) else routing)
 
 
-def _balance_loss(routing: Routing, groups: int, tokens: int) -> Float[Array, ""]:
-    """The balance loss of each group of tokens, averaged over the groups with a valid token."""
-    num_experts, experts_per_token = routing.scores.shape[-1], routing.indices.shape[-1]
-    scores = routing.scores.reshape(groups, tokens, num_experts)
-    mask = _token_mask(routing).reshape(groups, tokens)
-    # Replaced before any arithmetic: a masked NaN must not reach the value or the gradient.
-    scores = jnp.where(mask[..., None], scores.astype(jnp.float32), 1)
-    # The selection of the unbiased scores, which the bias update does not move.
-    selected = _largest(jax.lax.stop_gradient(scores), experts_per_token) & mask[..., None]
-    counts = jnp.sum(selected, axis=1, dtype=jnp.int32)
-    num_tokens = jnp.sum(mask, axis=-1, dtype=jnp.int32)
-    divisor = jnp.maximum(num_tokens, 1)[:, None].astype(jnp.float32)
-    fractions = counts.astype(jnp.float32) * (num_experts / experts_per_token) / divisor
-    shares = jnp.sum(jnp.where(mask[..., None], normalized(scores), 0), axis=1) / divisor
-    losses = jnp.sum(fractions * shares, axis=-1)
-    num_groups = jnp.sum(num_tokens > 0, dtype=jnp.int32)
-    return jnp.sum(losses) / jnp.maximum(num_groups, 1).astype(jnp.float32)
+def _of_moments(loss: Callable[[LossMoments], Array], routing: Routing | LossMoments) -> Array:
+    """The `loss` of moments, of `routing` or what it is. A call compiles once."""
+    given = routing if isinstance(routing, LossMoments) else check_routing(routing)
+    return _compiled(loss, given)
 
 
-def _token_mask(routing: Routing) -> Mask:
-    return jnp.ones(routing.scores.shape[:-1], bool) if routing.mask is None else routing.mask
+def _sequence(moments: LossMoments) -> Array:
+    return mean(moments.sequence_losses, moments.num_sequences)
 
 
-@of_each_call
-def sequence_balance_loss(routing: Routing) -> Float[Array, "*stacked"]:
-    """Sequence-wise balance loss of a `routing`, unweighted, float32 `(*stacked,)`.
+def _batch(moments: LossMoments) -> Array:
+    return balance_loss(moments.counts, moments.shares, moments.num_tokens)
+
+
+def _squared(moments: LossMoments) -> Array:
+    return mean(moments.squares, moments.num_tokens)
+
+
+def sequence_balance_loss(routing: Routing | LossMoments) -> Float[Array, "*stacked"]:
+    """Sequence-wise balance loss of a `routing` or of moments, unweighted, float32 `(*stacked,)`.
 
     The loss is `sum_i f_i P_i`. `f_i` is `experts` times the share of selections of expert `i`,
     by the top-k of the scores **without** the bias. No gradient flows through `f_i`. `P_i` is
@@ -74,6 +49,10 @@ def sequence_balance_loss(routing: Routing) -> Float[Array, "*stacked"]:
     A single token is a sequence of one. Masked tokens are left out, and so are sequences without
     a valid token; with none at all the loss is 0. A hash layer has nothing to balance.
 
+    `LossMoments` in place of a Routing may be sums over micro-batches, each of whole sequences.
+
+    **Raises:** `TypeError` for anything else.
+
     **Source:** DeepSeek-V3 (arXiv:2412.19437), eq. 17-20.
 
     **Example:** a gate that has no preferences, whose two first experts win every tie.
@@ -83,15 +62,14 @@ def sequence_balance_loss(routing: Routing) -> Float[Array, "*stacked"]:
         >>> round(float(bx.sequence_balance_loss(router(jax.numpy.zeros((4, 32))))), 4)
         1.0
     """
-    *lead, tokens = routing.scores.shape[:-1] or (1,)
-    return _balance_loss(routing, math.prod(lead), tokens)
+    return _of_moments(_sequence, routing)
 
 
-@of_each_call
-def batch_balance_loss(routing: Routing) -> Float[Array, "*stacked"]:
+def batch_balance_loss(routing: Routing | LossMoments) -> Float[Array, "*stacked"]:
     """As `sequence_balance_loss`, with all tokens of a call as one sequence, whatever their axes.
 
-    Of a `routing`, float32 `(*stacked,)`. **Example:** two sequences on opposite halves.
+    Of a `routing` or of `LossMoments`, float32 `(*stacked,)`. The loss of a sum of moments is that
+    of the large batch. **Example:** two sequences on opposite halves.
 
         >>> import braidax as bx, jax.numpy as jnp
         >>> scores = jnp.array([[[0.5, 0.5, 0, 0]] * 4, [[0, 0, 0.5, 0.5]] * 4])
@@ -100,17 +78,16 @@ def batch_balance_loss(routing: Routing) -> Float[Array, "*stacked"]:
         >>> float(bx.sequence_balance_loss(routing)), float(bx.batch_balance_loss(routing))
         (2.0, 1.0)
     """
-    return _balance_loss(routing, 1, math.prod(routing.scores.shape[:-1]))
+    return _of_moments(_batch, routing)
 
 
-@of_each_call
-def router_z_loss(routing: Routing) -> Float[Array, "*stacked"]:
+def router_z_loss(routing: Routing | LossMoments) -> Float[Array, "*stacked"]:
     """Mean over valid tokens of `logsumexp(logits) ** 2`, unweighted, float32 `(*stacked,)`.
 
     The logits are those of `routing`: a scalar for one call, and for stacked routings one each.
-    0 without a valid token. **Source:** arXiv:2202.08906, eq. 5.
+    0 without a valid token. `LossMoments` in place of a Routing may be sums over micro-batches.
 
-    **Raises:** `TypeError` unless `routing` is a Routing.
+    **Raises:** `TypeError` for anything else. **Source:** arXiv:2202.08906, eq. 5.
 
     **Example:** `log(8) ** 2` for logits that are all 0.
 
@@ -119,8 +96,4 @@ def router_z_loss(routing: Routing) -> Float[Array, "*stacked"]:
         >>> round(float(bx.router_z_loss(router(jax.numpy.zeros((4, 32))))), 4)
         4.3241
     """
-    mask = _token_mask(routing)
-    logits = jnp.where(mask[..., None], routing.logits.astype(jnp.float32), 0)
-    squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
-    num_tokens = jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1).astype(jnp.float32)
-    return jnp.sum(jnp.where(mask, squares, 0)) / num_tokens
+    return _of_moments(_squared, routing)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from ._balance_losses import nth_largest
+from ._loss_moments import nth_largest
 from ._mesh import placed_by_compiler, varying_alike
 from ._routing import Routing, check_routing
 from ._sign_bias import check_layers

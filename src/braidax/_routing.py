@@ -6,7 +6,7 @@ The axis names of all annotations are a closed vocabulary:
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from ._checks import check, integer
 from ._mesh import placed_by_compiler
+
+_Result = TypeVar("_Result")
 
 # The arrays that most stages take or return.
 HiddenStates = Float[Array, "*batch hidden"]
@@ -83,18 +85,18 @@ class Routing(eqx.Module):
         return tuple(jnp.shape(self.dropped))
 
 
-def of_each_call(function: Callable[[Routing], Array]) -> Callable[[Routing], Array]:
-    """A `function` from one call's routing to a small array, for stacked routings and any mesh.
+def of_each_call(function: Callable[[Routing], _Result]) -> Callable[[Routing], _Result]:
+    """A `function` from one call's routing to small arrays, for stacked routings and any mesh.
 
     The result has the stacked axes in front. A call compiles once, also outside of `jax.jit`.
     """
 
     @jax.jit
-    def reduced(routing: Routing) -> Array:
+    def reduced(routing: Routing) -> _Result:
         return placed_by_compiler(_mapped(function, routing), routing)
 
     @functools.wraps(function)
-    def checked(routing: Routing) -> Array:
+    def checked(routing: Routing) -> _Result:
         return reduced(check_routing(routing))
 
     return checked
@@ -110,7 +112,7 @@ def check_routing(routing: Any) -> Routing:
     return routing
 
 
-def _mapped(function: Callable[..., Array], routing: Routing) -> Callable[..., Array]:
+def _mapped(function: Callable[..., _Result], routing: Routing) -> Callable[..., _Result]:
     """`function`, mapped over the stacked axes of `routing`."""
     for _ in routing.stacked:
         function = jax.vmap(function)
