@@ -209,7 +209,7 @@ MUTANTS = (
     ),
     Mutant(
         "the sign is decided in integers",
-        "_balance.py",
+        "_sign_bias.py",
         "balanced = (load == quotient) & (remainder == 0)",
         "mean = load.astype(jnp.float32).mean(axis=-1, keepdims=True)\n"
         "    below, balanced = load < mean, load == mean",
