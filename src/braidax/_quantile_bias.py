@@ -216,7 +216,7 @@ def quantile_bias(
     **Example:** a gate that prefers the first of four experts for every token.
 
         >>> import braidax as bx, jax, jax.numpy as jnp
-        >>> scores = jax.random.uniform(jax.random.key(0), (64, 4)) + jnp.array([1.0, 0, 0, 0])
+        >>> scores = jax.random.uniform(jax.random.key(0), (64, 4)).at[:, 0].add(1)
         >>> indices = jax.lax.top_k(scores, 1)[1]
         >>> routing = bx.Routing(indices, jnp.ones((64, 1)), scores, scores, None, jnp.array(0))
         >>> bias = bx.quantile_bias(jnp.zeros(4), routing)
