@@ -170,10 +170,14 @@ def test_no_float64_and_no_int64_leak_with_x64_on(kind, dtype, backend):
         (_, (output, routing)), gradients = eqx.filter_value_and_grad(loss, has_aux=True)(inputs)
         trained = eqx.filter(inputs, eqx.is_inexact_array)
         moved = bx.rebalance(block, routing, 1e-3)
-        return output, routing, bx.expert_load(routing), gradients, trained, moved
+        bias = jnp.zeros(routing.scores.shape[-1], jnp.float32)
+        histogram, moments = bx.bias_histogram(bias, routing), bx.loss_moments(routing)
+        biases = bx.quantile_bias(bias, routing), bx.quantile_bias(bias, histogram)
+        sums = histogram.counts, moments, bx.batch_balance_loss(moments), biases
+        return output, routing, bx.expert_load(routing), gradients, trained, moved, sums
 
     with jax.enable_x64(True):
-        output, routing, load, gradients, trained, moved = eqx.filter_eval_shape(run)
+        output, routing, load, gradients, trained, moved, sums = eqx.filter_eval_shape(run)
     assert output.dtype == dtype and load.dtype == jnp.int32
     assert routing.indices.dtype == routing.dropped.dtype == jnp.int32
     assert routing.weights.dtype == routing.scores.dtype == routing.logits.dtype == jnp.float32
@@ -181,6 +185,7 @@ def test_no_float64_and_no_int64_leak_with_x64_on(kind, dtype, backend):
         assert gradient.dtype == leaf.dtype
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(moved)}
     assert dtypes <= {jnp.dtype(dtype), jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {jnp.dtype("f4"), jnp.dtype("i4")}
 
 
 @pytest.mark.hazard(40)

@@ -144,10 +144,10 @@ def loss_moments(routing: Routing) -> LossMoments:
     shares = jnp.sum(jnp.where(mask[..., None], normalized(scores), 0), axis=1)
     num_tokens = jnp.sum(mask, axis=-1, dtype=jnp.int32)
     return LossMoments(
-        jnp.sum(counts, axis=0),
+        jnp.sum(counts, axis=0, dtype=jnp.int32),
         jnp.sum(shares, axis=0),
         jnp.sum(jnp.where(mask, squares, 0)),
-        jnp.sum(num_tokens),
+        jnp.sum(num_tokens, dtype=jnp.int32),
         jnp.sum(balance_loss(counts, shares, num_tokens)),
         jnp.sum(num_tokens > 0, dtype=jnp.int32),
     )

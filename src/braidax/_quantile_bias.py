@@ -100,7 +100,7 @@ def _exact(
     rank = _rank(num_tokens, routing.indices.shape[-1], rises.shape[-1])
 
     def with_bit(position, found):
-        candidate = found + jax.lax.shift_left(jnp.int32(1), 31 - position)
+        candidate = found + (jnp.int32(1) << jnp.int32(31 - position))
         below = jnp.sum(valid & (keys < jnp.expand_dims(candidate, -2)), axis=-2, dtype=jnp.int32)
         return jnp.where(below <= rank, candidate, found)
 
@@ -127,8 +127,8 @@ def _by_tokens(bias: Array, routing: Routing) -> Float[Array, "*layers experts"]
 def _by_counts(bias: Array, histogram: BiasHistogram) -> Float[Array, "*layers experts"]:
     counts = histogram.counts
     if bias.ndim == 1:
-        counts = counts.reshape(-1, *counts.shape[-2:]).sum(axis=0)
-    num_tokens = jnp.sum(counts, axis=-1)
+        counts = counts.reshape(-1, *counts.shape[-2:]).sum(axis=0, dtype=jnp.int32)
+    num_tokens = jnp.sum(counts, axis=-1, dtype=jnp.int32)
     rank = _rank(num_tokens, histogram.num_experts_per_token, bias.shape[-1])
     reached = jnp.cumsum(counts, axis=-1) > rank[..., None]
     return _risen(bias, jnp.asarray(_CENTERS)[jnp.argmax(reached, axis=-1)], num_tokens)
