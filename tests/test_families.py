@@ -188,6 +188,9 @@ def test_the_type_of_the_whole_model_decides():
     assert bx.MoEConfig.from_hf(nested).model_type == "llama4"
     config = bx.MoEConfig.from_hf({**nested, "model_type": "unknown"})
     assert config.model_type == "llama4_text"
+    untyped = {key: value for key, value in LLAMA4.items() if key != "model_type"}
+    with pytest.raises(ValueError, match="`model_type` must be one of .* Got 'unknown'"):
+        bx.MoEConfig.from_hf({"model_type": "unknown", "text_config": untyped})
 
 
 def test_any_prefix_that_leads_to_the_layer(tmp_path):

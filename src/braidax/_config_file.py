@@ -41,8 +41,8 @@ def fields_from_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `MoEConfig` that the keys of a `config.json` stand for."""
     if isinstance(text := raw.get("text_config"), Mapping):
         # The type of the whole model says what stands before the names of its tensors.
-        named = raw if raw.get("model_type") in [*MODEL_TYPES] else text
-        raw = {**raw, **text, "model_type": named.get("model_type")}
+        known = raw.get("model_type") in [*MODEL_TYPES]
+        raw = {**raw, **text, **({"model_type": raw["model_type"]} if known else {})}
     family = family_of(raw.get("model_type"))
     dense_layers = family.dense_layers(raw)
     raw = _with_counted_hash_layers(raw)
