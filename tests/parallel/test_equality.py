@@ -148,6 +148,19 @@ def test_experts_choose_among_the_tokens_of_all_devices(kind):
     assert_trees_close(masked_and_replayed(model, *spread(parallel, *arrays)), desired)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_router_may_count_by_its_arrays(kind):
+    class Counted(bx.TopKRouter):
+        def count_dropped(self, indices, mask):
+            return jnp.sum(self.score_correction_bias == 0, dtype=jnp.int32)
+
+    parallel, (hidden_states, *_) = bx.ExpertParallel(make_mesh(kind)), make_tokens(3, 5)
+    router = Counted(HIDDEN, 8, 2, key=jax.random.key(0))
+    model = parallel.shard(bx.RoutedMoE(router, bx.Experts(8, HIDDEN, 4, key=jax.random.key(1))))
+    _, routing = eqx.filter_jit(model)(*spread(parallel, hidden_states))
+    assert int(routing.dropped) == 8
+
+
 @pytest.mark.parametrize("exchange", slow_but_one(EXCHANGES))
 def test_nothing_of_a_masked_token_gets_out(exchange):
     parallel = bx.ExpertParallel(make_mesh(), exchange=EXCHANGES[exchange])

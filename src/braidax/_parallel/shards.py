@@ -72,8 +72,12 @@ def route_on_shards(
     parts = PartitionSpec(layout.tokens)
     mapped = _mapped(context, on_shard, (parts, _EVERYWHERE, _EVERYWHERE), parts)
     chosen, *rest = map(spread.restore, mapped(tokens, context.reshard(arrays), key))
+
+    def count(arrays, chosen, mask):
+        return eqx.combine(arrays, static).count_dropped(chosen, mask)
+
     # Counted over all tokens: a device's part has padding, and not the whole share of an expert.
-    dropped = placed_by_compiler(router.count_dropped, chosen, mask)
+    dropped = placed_by_compiler(count, arrays, chosen, mask)
     return Routing(chosen, *rest, mask=mask, dropped=dropped)
 
 
