@@ -392,6 +392,7 @@ def test_center_subtracts_the_mean_of_the_update():
         (jnp.zeros(3), jnp.zeros(3, jnp.int32), float("nan"), ValueError, "`rate` must be finite"),
         (jnp.zeros(3), jnp.zeros(3, jnp.int32), jnp.inf, ValueError, "Got inf"),
         (jnp.zeros(3), jnp.zeros(3, jnp.int32), jnp.zeros(2), ValueError, "`rate` must be a scal"),
+        (jnp.zeros(3), jnp.zeros(3, jnp.int32), len, TypeError, "`rate` must be a number. Got <bu"),
         (jnp.zeros(3), jnp.zeros(3), 0.1, TypeError, "`load` must have an integer.*float32"),
         (
             jnp.zeros(3),

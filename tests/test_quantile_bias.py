@@ -219,6 +219,12 @@ def test_a_model_is_rebalanced_by_any_rule():
     np.testing.assert_allclose(binned[1].score_correction_bias, expected, atol=0.1)
     mine = bx.rebalance(model, [None, "item"], rule=lambda bias, item: bias + len(item))
     np.testing.assert_array_equal(mine[1].score_correction_bias, np.full(8, 4.0))
+    for given, error, message in (
+        (jnp.zeros(3), ValueError, r"`rule\(bias, item\)` must have .* \(8,\). Got \(3,\)"),
+        (jnp.zeros(8, jnp.bfloat16), TypeError, r"`rule\(bias, item\)` must be float32 or wider"),
+    ):
+        with pytest.raises(error, match=message):
+            bx.rebalance(model, [None, "item"], rule=lambda bias, item: given)  # noqa: B023
     for options in ({}, {"rate": 0.1, "rule": bx.quantile_bias}):
         with pytest.raises(ValueError, match="Either `rate` or `rule` must be given"):
             bx.rebalance(model, routings, **options)

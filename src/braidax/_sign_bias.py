@@ -1,5 +1,8 @@
 """The rule that moves a selection bias by the sign of the load, and what all such rules check."""
 
+import numbers
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -39,7 +42,9 @@ def check_layers(name: str, stacked: tuple[int, ...], num_experts: int, bias: Ar
         )
 
 
-def _check_rate(rate: ArrayLike) -> None:
+def _check_rate(rate: Any) -> None:
+    if not hasattr(rate, "dtype") and not isinstance(rate, numbers.Real):
+        raise TypeError(f"`rate` must be a number. Got {rate!r:.60}.")
     if jnp.ndim(rate) != 0:
         raise ValueError(f"`rate` must be a scalar. Got shape {jnp.shape(rate)}.")
     if not isinstance(rate, Tracer) and not np.isfinite(rate):

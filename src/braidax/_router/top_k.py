@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._checks import experts_per_token, integer, positive_integer
+from .._checks import experts_per_token, integer, positive_integer, same_sizes
 from .._routing import InputIds, Scores
 from .._sign_bias import check_bias_dtype
 from .base import AbstractRouter, BiasRule, Selection
@@ -120,7 +120,8 @@ class TopKRouter(AbstractRouter):
     def rebalanced(self, rule: BiasRule, item: Any) -> "TopKRouter":
         """The router whose bias is `rule(bias, item)`.
 
-        **Example:**
+        **Raises:** `TypeError` or `ValueError` unless the rule gives a bias of the same shape,
+        float32 or wider. **Example:**
 
             >>> import braidax as bx, functools, jax
             >>> router = bx.TopKRouter(32, 4, 2, key=jax.random.key(0))
@@ -130,6 +131,9 @@ class TopKRouter(AbstractRouter):
             [-0.5, 0.0, 0.5, 0.5]
         """
         bias = rule(self.score_correction_bias, item)
+        check_bias_dtype("rule(bias, item)", bias)
+        wanted = self.score_correction_bias.shape
+        same_sizes("rule(bias, item)", bias.shape, wanted, "the shape of `bias`")
         return eqx.tree_at(lambda router: router.score_correction_bias, self, bias)
 
 
