@@ -147,6 +147,20 @@ def test_examples_of_a_vmap_have_the_capacity_each():
         )
 
 
+def test_a_token_without_an_answer_and_without_room_gets_zeros():
+    """Its weights still say so, and a check raises."""
+    block, (hidden_states, _) = make_block(bx, "top_k", "blocks").routed, make_inputs((TOKENS,))
+    indices = jnp.zeros((TOKENS, 1), jnp.int32).at[-1].set(-1)
+    dispatch = bx.SortedDispatch(capacity=2)
+    block = eqx.tree_at(lambda b: b.dispatch, block, dispatch)
+    output, routing = block(hidden_states, indices=indices)
+    assert not np.asarray(output[-1]).any() and jnp.isnan(routing.weights[-1]).all()
+    assert int(routing.dropped) == TOKENS - 2
+    checked = bx.RoutedMoE(block.router, block.experts, dispatch=dispatch, checks=True)
+    with pytest.raises(RuntimeError, match="A token has no experts"):
+        jax.block_until_ready(checked(hidden_states, indices=indices))
+
+
 @pytest.mark.parametrize("capacity, error", [(0, ValueError), (2.0, TypeError), (True, TypeError)])
 def test_a_capacity_is_a_positive_integer(capacity, error, unchecked):
     with pytest.raises(error, match="`capacity` must be"):
