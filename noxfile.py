@@ -121,6 +121,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def study(session: nox.Session) -> None:
+    """Train the small models of docs/study.md and print its table; a stopped study goes on."""
+    session.install(".", *group("test"))
+    session.run("python", "tests/benchmarks/study.py", *session.posargs)
+
+
+@nox.session(default=False)
 def mutants(session: nox.Session) -> None:
     """Take protections out of a copy of the library and see that tests fail without them."""
     session.install("-e", ".", *group("test"))

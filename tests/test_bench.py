@@ -18,6 +18,8 @@ import interleaving  # noqa: E402
 import jax_candidates  # noqa: E402
 import layer_speed  # noqa: E402
 import on_device  # noqa: E402
+import study  # noqa: E402
+import study_variants  # noqa: E402
 import workloads  # noqa: E402
 
 TINY = workloads.Workload("tiny", 8, 4, 5, 2, 6)
@@ -140,3 +142,29 @@ def test_nothing_starts_after_the_time_is_up(monkeypatch):
     monkeypatch.setattr(on_device, "check", list)
     found = on_device.main(["--small", "--minutes", "0"])
     assert found["times"] == [] and len(found["left out"]) == len(workloads.DIRECTIONS)
+
+
+def test_the_page_of_the_study_shows_the_runs_that_are_kept():
+    root = pathlib.Path(__file__).parents[1]
+    runs = study.read_runs(root / "tests" / "benchmarks" / "study.jsonl")
+    assert {name: sorted(found) for name, found in runs.items()} == {
+        name: list(study_variants.SEEDS) for name in study_variants.VARIANTS
+    }
+    assert study.table(runs) in (root / "docs" / "study.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_where_it_was(monkeypatch, tmp_path):
+    tiny = {"steps": 2, "batch": 2, "length": 16, "hidden": 16, "layers": 2, "intermediate": 8}
+    base = {**study_variants.BASE, **tiny, "eval_windows": 4}
+    monkeypatch.setattr(study_variants, "BASE", base)
+    path, names = tmp_path / "study.jsonl", ["dense", "expert choice"]
+    assert study.missing(names, path) == dict.fromkeys(names, [0, 1, 2])
+    for name in names:
+        study.run(name, [0], path)
+    assert study.missing(names, path) == dict.fromkeys(names, [1, 2])
+    dense, chosen = study.table(study.read_runs(path)).splitlines()[2:]
+    assert dense.endswith("| - | - |") and chosen.endswith("| 0.00 (0.00 to 0.00) | 0 |")
+    monkeypatch.setitem(base, "steps", 3)
+    with pytest.raises(SystemExit, match="'dense', seed 0, had other settings"):
+        study.read_runs(path)
