@@ -85,4 +85,5 @@ def _draw(ax: Any, weights: Float64[np.ndarray, "tokens experts_per_token"]) -> 
         label = f"equal shares (sum {sums.mean():.4g} / {weights.shape[1]})"
         share = sums.mean() / weights.shape[1]
         ax.axhline(share, color=COLOURS[3], linestyle="--", linewidth=1.5, label=label, zorder=1)
-        ax.legend(frameon=False, labelcolor=colour)
+        # Weights fall with the rank. To search for the best place is slow, and matplotlib warns.
+        ax.legend(frameon=False, labelcolor=colour, loc="upper right")
