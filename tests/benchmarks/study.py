@@ -24,12 +24,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from study_variants import REFERENCE, SEEDS, VARIANTS, Variant, settings_of
 
 import braidax as bx
 from braidax import training
-from braidax.training.reports import held_out_batches
+from braidax.training.devices import Devices
+from braidax.training.reports import held_out_batches, held_out_pass
 from braidax.training.step import make_schedule
 
 
@@ -85,14 +85,11 @@ def measure(model: Any, settings: training.Settings, corpus: training.Corpus) ->
     """Of the held-out text: bits per byte, and of every routed layer MaxVio and dead experts.
 
     Batches are those of training: an expert that chooses tokens chooses among as many."""
-    losses, loads = [], []
-    for windows in held_out_batches(settings, corpus):
-        loss, load, _ = training.evaluate(model, windows)
-        losses.append(float(loss))
-        loads.append([np.asarray(layer, np.int64) for layer in load])
-    layers = [jnp.asarray(sum(layer)) for layer in zip(*loads, strict=True)]
+    windows = held_out_batches(settings, corpus)
+    bits, loads, _ = held_out_pass(windows, Devices(None), model)
+    layers = [jnp.asarray(layer) for layer in loads]
     return {
-        "bits_per_byte": math.fsum(losses) / len(losses) / math.log(2),
+        "bits_per_byte": bits,
         "max_violation": [float(bx.max_violation(layer)) for layer in layers],
         "dead_experts": [int(bx.dead_experts(layer)) for layer in layers],
     }
