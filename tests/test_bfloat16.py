@@ -9,6 +9,7 @@ import pytest
 from cases import BACKENDS, make_dispatch, slow_but_one
 
 import braidax as bx
+from braidax._matmul.block_loop import block_sizes
 
 pytestmark = pytest.mark.optimized  # one rounding more or less is an error here
 
@@ -114,3 +115,31 @@ def test_the_output_is_rounded_once(case, backend):
         worst = 2e-4
     beyond = np.abs(float64(ours) - output) - 0.501 * spacing
     assert beyond.max() <= worst * np.abs(output).max()
+
+
+def test_rounded_operands_in_blocks_of_every_size(case):
+    """XLA:CPU cannot run every product of bfloat16 numbers that it compiles. The six sizes of a
+    block, forward and backward, against the exact kernel."""
+    moe, hidden_states, input_ids, _ = case
+    tokens, ids = jnp.tile(hidden_states, (5, 1)), jnp.tile(input_ids, 5)
+    parameters, static = eqx.partition(moe, eqx.is_inexact_array)
+
+    @eqx.filter_jit
+    def gradients(parameters, tokens, round_operands):
+        def loss(parameters, tokens):
+            moe = eqx.combine(parameters, static)
+            dispatch = bx.SortedDispatch(bx.matmul.Blocks(round_operands=round_operands))
+            moe = eqx.tree_at(lambda moe: moe.routed.dispatch, moe, dispatch)
+            return jnp.sum(jnp.sin(moe(tokens, ids)[0].astype(jnp.float32)))
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(parameters, tokens)
+
+    assert len(block_sizes(SLOTS * len(tokens), EXPERTS)) == 6
+    exact, rounded = (jax.tree.leaves(gradients(parameters, tokens, r)) for r in (False, True))
+    differs = False
+    for one, other in zip(exact, rounded, strict=True):
+        one, other = float64(one), float64(other)
+        # Some of eight terms are off by half a spacing, 2**-9 of each.
+        np.testing.assert_allclose(other, one, rtol=0, atol=2**-6 * np.abs(one).max())
+        differs |= bool((one != other).any())
+    assert differs

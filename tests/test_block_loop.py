@@ -28,10 +28,14 @@ def blocks(request, monkeypatch):
         monkeypatch.setattr(
             jax.lax, "platform_dependent", lambda *operands, default, **others: default(*operands)
         )
+
     # Without the library's own `jax.jit`, which would remember the program of the other platform.
-    return lambda method, *operands, **options: jax.jit(
-        partial(getattr(bx.matmul.Blocks, method).__wrapped__, bx.matmul.Blocks(), **options)
-    )(*operands)
+    def call(method, *operands, round_operands=False, **options):
+        kernel = bx.matmul.Blocks(round_operands)
+        function = partial(getattr(bx.matmul.Blocks, method).__wrapped__, kernel, **options)
+        return jax.jit(function)(*operands)
+
+    return call
 
 
 def by_group(function):
@@ -62,6 +66,7 @@ def test_every_platform_gives_the_products_of_the_groups(blocks, dtype):
 def test_every_platform_gives_the_same_network(blocks):
     """Forward and backward against the derivative of dense products, with NaN in rows of nobody."""
     rows, cotangent = random(1, NUM_ROWS, HIDDEN), random(2, NUM_ROWS, HIDDEN)
+    scales = jnp.asarray(random(0, NUM_ROWS), "float32")
     groups, activation = len(GROUP_SIZES), bx.activations.swiglu(0.4)
     shapes = ((2 * INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (2 * INTERMEDIATE,), (HIDDEN,))
     weights = (random(3 + i, groups, *shape) for i, shape in enumerate(shapes))
@@ -69,25 +74,72 @@ def test_every_platform_gives_the_same_network(blocks):
     rows, cotangent = (jnp.asarray(array, "float32") for array in (rows, cotangent))
     owner = np.repeat(np.arange(groups), GROUP_SIZES)
 
-    def dense(rows, weights):
+    def dense(rows, scales, weights):
         up, down, up_bias, down_bias = (weight[owner] for weight in weights)
         before = jnp.einsum("rh,rih->ri", rows, up) + up_bias
         inner = activation(*jnp.split(before, 2, axis=1))
-        return jnp.einsum("ri,rih->rh", inner, down) + down_bias, before
+        return scales[:, None] * (jnp.einsum("ri,rih->rh", inner, down) + down_bias), before
 
     count = len(owner)
-    (want, before), transpose = jax.vjp(dense, rows[:count], weights)
+    (want, before), transpose = jax.vjp(dense, rows[:count], scales[:count], weights)
     gradients = transpose((cotangent[:count], jnp.zeros_like(before)))
     poisoned = rows.at[count:].set(jnp.nan)
-    output, saved = blocks("forward_saving", poisoned, weights, GROUP_SIZES, activation=activation)
+    operands = (poisoned, scales.at[count:].set(jnp.nan), weights, GROUP_SIZES)
+    output, saved = blocks("forward_saving", *operands, activation=activation)
     assert_close(output[:count], want)
     assert_close(saved[:count], before)
-    operands = (poisoned, weights, GROUP_SIZES, saved, cotangent)
-    d_rows, d_weights = blocks("backward", *operands, activation=activation)
-    for ours, theirs in zip(
-        (d_rows[:count], *d_weights), (gradients[0], *gradients[1]), strict=True
-    ):
-        assert_close(ours, theirs)
+    d_rows, d_scales, d_weights = blocks(
+        "backward", *operands, saved, cotangent, activation=activation
+    )
+    ours, theirs = (d_rows[:count], d_scales[:count], *d_weights), (*gradients[:2], *gradients[2])
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one, other)
+
+
+def add(gate, up):
+    return gate + up
+
+
+def test_every_platform_rounds_operands_if_asked(blocks):
+    """Integers, which float32 sums exactly: only the roundings to bfloat16 that are asked for."""
+    rng = np.random.default_rng(0)
+    groups, count = len(GROUP_SIZES), int(GROUP_SIZES.sum())
+    rows, cotangent = (rng.integers(-m, m + 1, (NUM_ROWS, HIDDEN)) for m in (40, 300))
+    up = rng.integers(-3, 4, (groups, 2 * INTERMEDIATE, HIDDEN))
+    down = rng.integers(-3, 4, (groups, INTERMEDIATE, HIDDEN))
+    scales = rng.choice([0.5, 1, 2], NUM_ROWS)
+
+    def rounded(array):
+        return np.asarray(jnp.asarray(array, "bfloat16"), "float64")
+
+    def expected(rounded):
+        """Output, cotangents of rows and scales, and of both stacks, before they are rounded."""
+        d_up, d_down = np.zeros(up.shape), np.zeros(down.shape)
+        output, d_rows = np.zeros((2, count, HIDDEN))
+        d_scales = np.zeros(count)
+        for g, own in enumerate(by_group(lambda _, own: own)):
+            scale, back = scales[own, None], cotangent[own]
+            activations = add(*np.split(rows[own] @ up[g].T, 2, axis=1))
+            inner = rounded(back) @ down[g].T
+            before = rounded(np.concatenate([inner, inner], axis=1) * scale)
+            output[own] = scale * (rounded(activations) @ down[g])
+            d_scales[own] = (inner * activations).sum(axis=1)
+            d_rows[own], d_up[g] = before @ up[g], before.T @ rows[own]
+            d_down[g] = rounded(activations * scale).T @ rounded(back)
+        return output, d_rows, d_scales, d_up, d_down
+
+    options = {"round_operands": True, "activation": add}
+    weights = FeedForwardWeights(jnp.asarray(up, "bfloat16"), jnp.asarray(down, "bfloat16"))
+    operands = (jnp.asarray(rows, "bfloat16"), jnp.asarray(scales, "float32"), weights, GROUP_SIZES)
+    output, saved = blocks("forward_saving", *operands, **options)
+    back = jnp.asarray(cotangent, "float32")
+    d_rows, d_scales, d_weights = blocks("backward", *operands, saved, back, **options)
+    found = (output[:count], d_rows[:count], d_scales[:count], *d_weights[:2])
+    want, exact = expected(rounded), expected(lambda array: array)
+    for one, other, unrounded in zip(found, want, exact, strict=True):
+        other = np.asarray(jnp.asarray(other, one.dtype), "float64")
+        np.testing.assert_array_equal(np.asarray(one, "float64"), other)
+        assert (other != unrounded).any()
 
 
 def test_every_platform_decodes_alike(blocks):
@@ -98,10 +150,11 @@ def test_every_platform_decodes_alike(blocks):
     rows[2] = np.nan
     weights = FeedForwardWeights(jnp.asarray(up, "float32"), jnp.asarray(down, "float32"))
     options = {"activation": bx.activations.swiglu()}
-    output = blocks("forward", jnp.asarray(rows, "float32"), weights, sizes, **options)
+    scales = np.array([2, -3, 1], np.float32)
+    output = blocks("forward", jnp.asarray(rows, "float32"), scales, weights, sizes, **options)
     gate, value = np.split(np.einsum("rh,rih->ri", rows[:2], up[owner]), 2, axis=1)
     want = np.einsum("ri,rih->rh", gate / (1 + np.exp(-gate)) * value, down[owner])
-    assert_close(output[:2], want)
+    assert_close(output[:2], scales[:2, None] * want)
 
 
 def test_narrow_gradients_are_rounded_once(blocks):

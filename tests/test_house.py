@@ -29,6 +29,7 @@ RANKS = (
         "_initial",
         "_text",
         "_mesh",
+        "_memory",
         "_atomic_file",
         "_balanced_table",
         "_scoring",

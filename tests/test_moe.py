@@ -534,7 +534,7 @@ def test_clamped_up(up, value, slope):
 @pytest.mark.parametrize("experts", [EXPERTS, 2**28])
 def test_assignments_in_the_order_of_their_experts(experts):
     """In one number, or as pairs where 32 bits do not hold both."""
-    from braidax._dispatch.sorted import _sort
+    from braidax._dispatch.rows import _sort
 
     indices = np.random.default_rng(0).integers(0, 6, 40).astype(np.int32) * (experts // 5)
     got = _sort(jnp.asarray(indices), jnp.arange(40, dtype=jnp.int32), experts)

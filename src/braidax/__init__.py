@@ -64,6 +64,7 @@ from ._filters import cast as cast
 from ._filters import decay_mask as decay_mask
 from ._filters import routers as routers
 from ._filters import trainable as trainable
+from ._memory import keep_memory as keep_memory
 from ._muon import muon_dimension_numbers as muon_dimension_numbers
 
 # Weights

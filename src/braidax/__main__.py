@@ -13,6 +13,7 @@ import jax
 
 from ._checkpoint import Checkpoint
 from ._checks import one_line
+from ._memory import keep_memory
 from .training import Settings, UserError, report_run, resume, train
 from .training.settings import flag
 
@@ -111,6 +112,7 @@ def _folder(name: str) -> pathlib.Path:
 
 def _train(**options: Any) -> int:
     devices = {n: options.pop(n) for n in ("expert_parallel", "distributed") if n in options}
+    keep_memory()  # before the first computation
     if "resume" in options:
         folder = options.pop("resume")
         if options:

@@ -51,8 +51,9 @@ def parts(workload: Workload, arrays: Arrays) -> tuple[bx.AbstractRouter, bx.Abs
 
 
 def named(names: Sequence[str]) -> dict[str, bx.AbstractGroupedMatmul]:
-    """The kernels of the library that have these names."""
-    return {f"braidax {name}": getattr(bx.matmul, name)() for name in names}
+    """The kernels of the library that have these names, and `Rounded`."""
+    rounded = partial(bx.matmul.Blocks, round_operands=True)
+    return {f"braidax {name}": getattr(bx.matmul, name, rounded)() for name in names}
 
 
 def layers(

@@ -21,6 +21,8 @@ import jax_candidates
 from interleaving import Timing, cores, interleave, sampler
 from workloads import DIRECTIONS, GROUPS, INFERENCE, make_arrays
 
+import braidax as bx
+
 Names = Sequence[str]
 USUAL = ("layers", "decode", "prefill", "bfloat16")
 
@@ -117,8 +119,11 @@ def main() -> None:
     parser.add_argument("--matmuls", nargs="+", default=["Auto"], help="the first is ours")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--across", action="store_true")
+    parser.add_argument("--fresh", action="store_true", help="without braidax.keep_memory()")
     given = parser.parse_args()
-    print(header(), "median ms (lowest-highest)", sep="\n", flush=True)
+    # One process, one allocator: torch has what we have.
+    memory = "kept" if not given.fresh and bx.keep_memory() else "fresh"
+    print(f"{header()}; memory: {memory}", "median ms (lowest-highest)", sep="\n", flush=True)
     run = across_workloads if given.across else beside_peers
     for line in run(given.groups, given.directions, given.matmuls, given.rounds):
         print(line, flush=True)

@@ -8,7 +8,7 @@ import numpy as np
 LIMIT = 10.0  # of the clamp in the activation
 LOADS = ("uniform", "zipf", "same")
 DIRECTIONS = ("forward", "forward+backward")
-INFERENCE = ("decode", "prefill")  # groups without a backward pass
+INFERENCE = ("decode", "prefill", "prefill of Q")  # groups without a backward pass
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -54,6 +54,7 @@ class Workload(NamedTuple):
 
 
 _S = (512, 256, 64, 6)
+_Q = (2048, 768, 128, 8)  # Qwen3-30B-A3B
 GROUPS: dict[str, tuple[Workload, ...]] = {
     "layers": (
         Workload("S", *_S, 4096),
@@ -62,7 +63,8 @@ GROUPS: dict[str, tuple[Workload, ...]] = {
         Workload("L", 4096, 2048, 16, 6, 512),
     ),
     "decode": tuple(Workload(f"P{tokens}", *_S, tokens) for tokens in (1, 8, 64)),
-    "prefill": tuple(Workload(f"S {n} tokens", *_S, n) for n in (16, 32, 64, 128, 256, 512)),
+    "prefill": tuple(Workload(f"S {n} tokens", *_S, n) for n in (8, 16, 32, 64, 128, 256, 512)),
+    "prefill of Q": tuple(Workload(f"Q {n} tokens", *_Q, n) for n in (1, 8, 32, 128, 512)),
     "bfloat16": (Workload("S bfloat16", *_S, 4096, "bfloat16"),),
     "skew": tuple(Workload(f"S {load}", *_S, 4096, load=load) for load in LOADS),
     "tokens": tuple(Workload(f"{k}k tokens", *_S, 1024 * k) for k in (1, 2, 4, 8, 16, 32)),

@@ -47,3 +47,19 @@ class AbstractExperts(eqx.Module):
 
         **Returns:** `(rows, hidden)` in float32 or wider: the caller sums before it rounds.
         """
+
+    def call_scaled(
+        self,
+        rows: Float[Array, "rows hidden"],
+        scales: Float[Array, " rows"],
+        group_sizes: Int[Array, " experts"],
+        matmul: GroupedMatmul,
+    ) -> Float[Array, "rows hidden"]:
+        """As `__call__` for `rows`, `group_sizes` and `matmul`, with each row's output times its
+        entry of `scales`, `(rows,)`: the routing weights.
+
+        The gradient of a scale needs the output of its row here, which is therefore kept for the
+        backward pass. Override the method where the gradient can do without.
+        """
+        rows = self(rows, group_sizes, matmul)
+        return rows * scales[:, None].astype(rows.dtype)

@@ -158,6 +158,21 @@ class Experts(AbstractExperts):
 
         **Raises:** `ValueError` at trace time for weights that do not fit together.
         """
+        return self._through(rows, None, group_sizes, matmul)
+
+    @jax.named_scope("braidax.Experts")
+    def call_scaled(
+        self,
+        rows: Float[Array, "rows hidden"],
+        scales: Float[Array, " rows"],
+        group_sizes: Int[Array, " experts"],
+        matmul: GroupedMatmul,
+    ) -> Float[Array, "rows hidden"]:
+        """As `AbstractExperts.call_scaled`, with errors as of `__call__`. The backward pass
+        needs no output."""
+        return self._through(rows, scales, group_sizes, matmul)
+
+    def _through(self, rows, scales, group_sizes, matmul):
         _check_weights(self)
         if self.gate_up.shape[0] != group_sizes.shape[0]:
             raise ValueError(
@@ -172,7 +187,7 @@ class Experts(AbstractExperts):
             None if bias is None else bias.reshape(bias.shape[0], -1),
             self.down_bias,
         )
-        return matmul.feed_forward(rows, weights, group_sizes, self.activation)
+        return matmul.feed_forward(rows, weights, group_sizes, self.activation, scales)
 
 
 def _initial(lead, hidden_size, intermediate_size, activation, use_bias, dtype, key):

@@ -76,19 +76,19 @@ class Auto(AbstractGroupedMatmul):
         operands = (left, right, group_sizes)
         return self._lowered("cleared_outer", out_dtype, *operands, out_dtype=out_dtype)
 
-    def forward(self, rows, weights, group_sizes, activation):
+    def forward(self, rows, scales, weights, group_sizes, activation):
         """As `AbstractGroupedMatmul.forward`."""
-        operands = (rows, weights, group_sizes)
+        operands = (rows, scales, weights, group_sizes)
         return self._lowered("forward", weights.up.dtype, *operands, activation=activation)
 
-    def forward_saving(self, rows, weights, group_sizes, activation):
+    def forward_saving(self, rows, scales, weights, group_sizes, activation):
         """As `AbstractGroupedMatmul.forward_saving`."""
-        operands = (rows, weights, group_sizes)
+        operands = (rows, scales, weights, group_sizes)
         return self._lowered("forward_saving", weights.up.dtype, *operands, activation=activation)
 
-    def backward(self, rows, weights, group_sizes, before, cotangent, activation):
+    def backward(self, rows, scales, weights, group_sizes, before, cotangent, activation):
         """As `AbstractGroupedMatmul.backward`."""
-        operands = (rows, weights, group_sizes, before, cotangent)
+        operands = (rows, scales, weights, group_sizes, before, cotangent)
         dtype = weights.up.dtype
         return self._lowered("cleared_backward", dtype, *operands, activation=activation)
 

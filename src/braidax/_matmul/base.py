@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from . import network
-from .network import Activation, FeedForwardWeights, accumulation_dtype
+from .network import Activation, FeedForwardWeights, accumulation_dtype, clear_nobody
 
 
 class AbstractGroupedMatmul(eqx.Module):
@@ -90,58 +90,63 @@ class AbstractGroupedMatmul(eqx.Module):
     def forward(
         self,
         rows: Float[Array, "rows hidden"],
+        scales: Float[Array, " rows"],
         weights: FeedForwardWeights,
         group_sizes: Int[Array, " groups"],
         activation: Activation,
     ) -> Float[Array, "rows hidden"]:
         """`rows`, `(rows, hidden)`, through the network of `weights` and `activation`, by
-        `group_sizes`: `(rows, hidden)` in float32 or wider."""
-        return self.forward_saving(rows, weights, group_sizes, activation)[0]
+        `group_sizes`, times `scales`, `(rows,)`: `(rows, hidden)` in float32 or wider."""
+        return self.forward_saving(rows, scales, weights, group_sizes, activation)[0]
 
     def forward_saving(
         self,
         rows: Float[Array, "rows hidden"],
+        scales: Float[Array, " rows"],
         weights: FeedForwardWeights,
         group_sizes: Int[Array, " groups"],
         activation: Activation,
     ) -> tuple[Float[Array, "rows hidden"], Float[Array, "rows up"]]:
-        """As `forward` for `rows`, `weights`, `group_sizes` and `activation`, with the
+        """As `forward` for `rows`, `scales`, `weights`, `group_sizes` and `activation`, with the
         pre-activations `(rows, parts * intermediate)` beside the output."""
-        return network.forward_saving(self.cleared_multiply, rows, weights, group_sizes, activation)
+        operands = (rows, scales, weights, group_sizes)
+        return network.forward_saving(self.cleared_multiply, *operands, activation)
 
     def backward(
         self,
         rows: Float[Array, "rows hidden"],
+        scales: Float[Array, " rows"],
         weights: FeedForwardWeights,
         group_sizes: Int[Array, " groups"],
         before: Float[Array, "rows up"],
         cotangent: Float[Array, "rows hidden"],
         activation: Activation,
-    ) -> tuple[Float[Array, "rows hidden"], FeedForwardWeights]:
-        """The cotangents of `rows` and `weights`, each in its own dtype.
+    ) -> tuple[Float[Array, "rows hidden"], Float[Array, " rows"], FeedForwardWeights]:
+        """The cotangents of `rows`, `scales` and `weights`, each in its own dtype.
 
         `before` are the pre-activations that `forward_saving` gave for the same `group_sizes` and
         `activation`, `cotangent` is that of its output, both `(rows, _)`."""
         products = (self.cleared_multiply, self.cleared_outer)
-        return network.backward(
-            *products, rows, weights, group_sizes, before, cotangent, activation
-        )
+        operands = (rows, scales, weights, group_sizes, before, cotangent)
+        return network.backward(*products, *operands, activation)
 
     def cleared_backward(
         self,
         rows: Float[Array, "rows hidden"],
+        scales: Float[Array, " rows"],
         weights: FeedForwardWeights,
         group_sizes: Int[Array, " groups"],
         before: Float[Array, "rows up"],
         cotangent: Float[Array, "rows hidden"],
         activation: Activation,
-    ) -> tuple[Float[Array, "rows hidden"], FeedForwardWeights]:
-        """As `backward` for `rows`, `weights`, `group_sizes`, `before`, `cotangent` and
+    ) -> tuple[Float[Array, "rows hidden"], Float[Array, " rows"], FeedForwardWeights]:
+        """As `backward` for `rows`, `scales`, `weights`, `group_sizes`, `before`, `cotangent` and
         `activation`, `(rows, _)`, with rows of nobody 0 and groups without rows 0."""
-        operands = (rows, weights, group_sizes, before, cotangent)
-        rows, weights = self.backward(*operands, activation)
+        operands = (rows, scales, weights, group_sizes, before, cotangent)
+        rows, scales, weights = self.backward(*operands, activation)
         clear = partial(self.clear_empty, group_sizes=group_sizes)
-        return clear_nobody(rows, group_sizes), jax.tree.map(clear, weights)
+        rows, column = (clear_nobody(array, group_sizes) for array in (rows, scales[:, None]))
+        return rows, column[:, 0], jax.tree.map(clear, weights)
 
     def cleared_multiply(
         self,
@@ -195,14 +200,6 @@ def check_kernel(name: str, kernel: Any) -> None:
             f"`{name}` must be a kernel for groups of any size, as `braidax.matmul.Blocks()`. "
             f"Got {kernel!r:.60}."
         )
-
-
-def clear_nobody(
-    rows: Float[Array, "rows size"], group_sizes: Int[Array, " groups"]
-) -> Float[Array, "rows size"]:
-    """`rows` with those past the groups 0, whatever they held: a select, because 0 * NaN is NaN."""
-    owned = jnp.arange(rows.shape[0]) < group_sizes.sum()
-    return jnp.where(owned[:, None], rows, 0)
 
 
 def _rounded(rows: Float[Array, "rows size"], dtype: DTypeLike) -> Float[Array, "rows size"]:

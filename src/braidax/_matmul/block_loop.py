@@ -52,9 +52,27 @@ class Window(NamedTuple):
         return ((row >= self.start) & (row < self.stop))[:, None]
 
 
-def dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
-    """The matrix product of `a` and `b`, contracted over those axes."""
-    return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())))
+def dot(a: Array, b: Array, contract_a: int, contract_b: int, dtype: jnp.dtype) -> Array:
+    """The matrix product of `a` and `b`, contracted over those axes, summed in `dtype`."""
+    dimensions = (((contract_a,), (contract_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
+
+
+def dot_of_columns(
+    left: Float[Array, "rows a"], right: Float[Array, "rows b"], dtype: jnp.dtype
+) -> Float[Array, "a b"]:
+    """`left^T right`, summed in `dtype`."""
+    if left.dtype.itemsize >= 4:
+        return dot(left, right, 0, 0, dtype)
+    # XLA:CPU multiplies narrow numbers natively if the contracted axis is the last of `left` in
+    # memory. Only a transpose that it cannot fold into the product is carried out.
+    columns = jax.lax.platform_dependent(left, cpu=_transposed, default=jnp.transpose)
+    return dot(columns, right, 1, 0, dtype)
+
+
+def _transposed(left: Float[Array, "rows a"]) -> Float[Array, "a rows"]:
+    padded = jnp.pad(left.T, ((0, 0), (0, 8)))
+    return jax.lax.optimization_barrier(padded)[:, : left.shape[0]]
 
 
 def block_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:

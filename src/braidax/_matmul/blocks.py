@@ -2,19 +2,21 @@
 
 The loop runs over the blocks that exist, so the work follows the assignments whatever their
 skew. A block never crosses a group. Operands are widened to float32 block by block, which is
-exact, and faster on a CPU than a product of narrow numbers.
+exact. Where rounding is asked for, narrow numbers are multiplied as they are.
 """
 
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 from jaxtyping import Array
 
+from .._checks import boolean
 from .base import AbstractGroupedMatmul
-from .block_loop import Window, dot, loop_over_blocks
+from .block_loop import Window, dot, dot_of_columns, loop_over_blocks
 from .few_rows import forward_few_rows, tile_size
 from .network import Activation, FeedForwardWeights, accumulation_dtype, activate
 from .single_rows import are_single_rows, forward_single_rows
@@ -27,14 +29,29 @@ class Blocks(AbstractGroupedMatmul):
     Both products of a network are made of a block while it is in cache. A forward pass of few rows
     for each group reads the weights in place instead. Reads packed weights, too.
 
-    **Example:**
+    - `round_operands`: whether rows and activations are rounded to the dtype of the weights before
+      each product, forward and backward, as PyTorch does. A processor that multiplies bfloat16
+      is then several times faster. A forward pass of few rows for each group rounds nothing,
+      because reading the weights is what takes its time.
 
-        >>> import braidax as bx, jax
+    **Example:** an exact product, and one of bfloat16 numbers.
+
+        >>> import braidax as bx, jax, jax.numpy as jnp
         >>> dispatch = bx.SortedDispatch(bx.matmul.Blocks())
         >>> block = bx.top_k_moe(32, 16, 8, 2, dispatch=dispatch, key=jax.random.key(0))
+        >>> rounded = bx.SortedDispatch(bx.matmul.Blocks(round_operands=True))
+        >>> block = bx.top_k_moe(32, 16, 8, 2, dispatch=rounded, dtype=jnp.bfloat16,
+        ...     key=jax.random.key(0))
+
+    **Raises:** `TypeError` unless `round_operands` is a bool.
     """
 
+    round_operands: bool = eqx.field(static=True, default=False)
+
     clears_empty_groups: ClassVar[bool] = True
+
+    def __check_init__(self):
+        boolean("round_operands", self.round_operands)
 
     # Jitted: compiled once for each shape, also when a product is called outside of `jax.jit`.
 
@@ -46,9 +63,10 @@ class Blocks(AbstractGroupedMatmul):
         output = jax.lax.full_like(rows, 0, dtype, (rows.shape[0], size_out))
 
         def compute(window: Window, matrix: Array, outputs: tuple[Array, ...]):
-            return (dot(window.take(rows, dtype), matrix, 1, 1 if transposed else 0),), ()
+            block = window.take(rows, matrix.dtype)
+            return (dot(block, matrix, 1, 1 if transposed else 0, dtype),), ()
 
-        read = partial(of_group, weight, dtype=dtype)
+        read = partial(of_group, weight, dtype=self._operand(weight, dtype))
         outputs, _ = loop_over_blocks(group_sizes, rows.shape[0], (output,), (), read, compute)
         return outputs[0].astype(out_dtype)
 
@@ -58,99 +76,127 @@ class Blocks(AbstractGroupedMatmul):
         dtype = accumulation_dtype(left, right)
         shape = (group_sizes.shape[0], left.shape[1], right.shape[1])
         sums = (jax.lax.full_like(left, 0, out_dtype, shape),)
+        operand = out_dtype if self.round_operands else dtype
 
         def compute(window: Window, nothing: None, outputs: tuple[Array, ...]):
-            taken = (window.take_live(rows).astype(dtype) for rows in (left, right))
-            return (), (dot(*taken, 0, 0),)
+            taken = (window.take_live(rows).astype(operand) for rows in (left, right))
+            return (), (dot_of_columns(*taken, dtype),)
 
         operands = (group_sizes, left.shape[0], (), sums, lambda group: None, compute)
         _, sums = loop_over_blocks(*operands, sum_dtype=dtype)
         return sums[0]
 
     @partial(jax.jit, static_argnames=("self", "activation"))
-    def forward(self, rows, weights, group_sizes, activation):
+    def forward(self, rows, scales, weights, group_sizes, activation):
         """As `AbstractGroupedMatmul.forward`."""
         num_rows, num_groups = rows.shape[0], weights.up.shape[0]
         known = not is_symbolic_dim(num_rows)
+        few = None
         if known and are_single_rows(num_rows, num_groups):
-            return forward_single_rows(rows, weights, group_sizes, activation)
-        size = tile_size(num_rows, num_groups) if known else None
-        if size is not None:
-            return forward_few_rows(rows, weights, group_sizes, activation, size)
+            few = forward_single_rows(rows, weights, group_sizes, activation)
+        elif known and (size := tile_size(num_rows, num_groups)) is not None:
+            few = forward_few_rows(rows, weights, group_sizes, activation, size)
+        if few is not None:
+            return few * scales[:, None].astype(few.dtype)
+        read, dtype = self._reader(rows, weights)
+        column = scales[:, None].astype(dtype)
 
         def compute(window: Window, matrices: FeedForwardWeights, outputs: tuple[Array, ...]):
             # Nobody needs the rows any more: a block's are replaced by its outputs, in place.
-            block = window.take(outputs[0], outputs[0].dtype)
-            return (_through(block, matrices, activation)[0],), ()
+            block, scale = (window.take(array, array.dtype) for array in (outputs[0], column))
+            return (_through(block, scale, matrices, activation)[0],), ()
 
-        read, dtype = _reader(rows, weights)
         outputs = (rows.astype(dtype),)
         outputs, _ = loop_over_blocks(group_sizes, num_rows, outputs, (), read, compute)
         return outputs[0]
 
     @partial(jax.jit, static_argnames=("self", "activation"))
-    def forward_saving(self, rows, weights, group_sizes, activation):
+    def forward_saving(self, rows, scales, weights, group_sizes, activation):
         """As `AbstractGroupedMatmul.forward_saving`."""
-        read, dtype = _reader(rows, weights)
-        sizes = (weights.down.shape[2], weights.up.shape[1])
-        outputs = tuple(jax.lax.full_like(rows, 0, dtype, (rows.shape[0], size)) for size in sizes)
+        read, dtype = self._reader(rows, weights)
+        column = scales[:, None].astype(dtype)
+        before = jax.lax.full_like(rows, 0, dtype, (rows.shape[0], weights.up.shape[1]))
+        outputs = (rows.astype(dtype), before)
 
         def compute(window: Window, matrices: FeedForwardWeights, outputs: tuple[Array, ...]):
-            return _through(window.take(rows, dtype), matrices, activation), ()
+            block, scale = (window.take(array, array.dtype) for array in (outputs[0], column))
+            return _through(block, scale, matrices, activation), ()
 
         return loop_over_blocks(group_sizes, rows.shape[0], outputs, (), read, compute)[0]
 
     @partial(jax.jit, static_argnames=("self", "activation"))
-    def backward(self, rows, weights, group_sizes, before, cotangent, activation):
+    def backward(self, rows, scales, weights, group_sizes, before, cotangent, activation):
         """As `AbstractGroupedMatmul.backward`."""
-        read, dtype = _reader(rows, weights)
+        read, dtype = self._reader(rows, weights)
         narrow = jnp.result_type(rows, weights.up)
         present, tree = jax.tree.flatten(weights)
         sums = tuple(jax.lax.full_like(rows, 0, weight.dtype, weight.shape) for weight in present)
+        column = scales[:, None].astype(dtype)
 
         def compute(window: Window, matrices: FeedForwardWeights, outputs: tuple[Array, ...]):
-            # A block's cotangent is replaced by that of its rows, in place.
-            block, pre, back = map(window.take_live, (rows, before, outputs[0]))
+            # A block's cotangents are replaced by those of its rows and scales, in place.
+            taken = map(window.take_live, (rows, before, outputs[0], outputs[1]))
+            block, pre, back, scale = taken
             activations, pullback = jax.vjp(partial(activate, activation), pre)
-            (inner,) = pullback(dot(back, matrices.down, 1, 1))
+            inner = dot(back.astype(matrices.down.dtype), matrices.down, 1, 1, dtype)
+            (before_cotangent,) = pullback(inner * scale)
             # Neighbours' rows were 0, and an activation need not be finite there.
-            inner, activations = (jnp.where(window.live(), a, 0) for a in (inner, activations))
-            inner = inner.astype(narrow).astype(dtype)
-            terms = FeedForwardWeights(
-                dot(inner, block.astype(dtype), 0, 0),
-                dot(activations, back, 0, 0),
-                None if weights.up_bias is None else inner.sum(axis=0),
-                None if weights.down_bias is None else back.sum(axis=0),
+            before_cotangent, activations = (
+                jnp.where(window.live(), array, 0) for array in (before_cotangent, activations)
             )
-            return (dot(inner, matrices.up, 1, 0),), tuple(jax.tree.leaves(terms))
+            scale_cotangent = (inner * activations).sum(axis=1, keepdims=True)
+            if matrices.down_bias is not None:
+                biased = (back * matrices.down_bias).sum(axis=1, keepdims=True)
+                scale_cotangent = scale_cotangent + biased
+            wide = before_cotangent.astype(narrow)
+            up, down = matrices.up.dtype, matrices.down.dtype
+            inner = wide.astype(up)
+            terms = FeedForwardWeights(
+                dot_of_columns(inner, block.astype(up), dtype),
+                dot_of_columns((activations * scale).astype(down), back.astype(down), dtype),
+                None if weights.up_bias is None else wide.astype(dtype).sum(axis=0),
+                None if weights.down_bias is None else (back * scale).sum(axis=0),
+            )
+            results = (dot(inner, matrices.up, 1, 0, dtype), scale_cotangent)
+            return results, tuple(jax.tree.leaves(terms))
 
-        operands = (group_sizes, rows.shape[0], (cotangent.astype(dtype),), sums, read, compute)
-        outputs, sums = loop_over_blocks(*operands, sum_dtype=dtype)
-        return outputs[0].astype(rows.dtype), tree.unflatten(sums)
+        outputs = (cotangent.astype(dtype), column)
+        operands = (group_sizes, rows.shape[0], outputs, sums, read, compute)
+        (d_rows, d_scales), sums = loop_over_blocks(*operands, sum_dtype=dtype)
+        d_scales = d_scales[:, 0].astype(scales.dtype)
+        return d_rows.astype(rows.dtype), d_scales, tree.unflatten(sums)
+
+    def _operand(self, weight: Any, dtype: jnp.dtype) -> jnp.dtype:
+        """What a matrix and its rows are multiplied in."""
+        return weight.dtype if self.round_operands else dtype
+
+    def _reader(self, rows: Array, weights: FeedForwardWeights):
+        """What reads one group's matrices `(a, b)` and biases `(1, size)`, and the dtype of sums
+        and biases: float32, or that of the widest operand."""
+        dtype = accumulation_dtype(rows, weights.up, weights.down)
+
+        def read(group: Array) -> FeedForwardWeights:
+            biases = (
+                None if bias is None else bias[group][None].astype(dtype)
+                for bias in (weights.up_bias, weights.down_bias)
+            )
+            matrices = (
+                of_group(stack, group, self._operand(stack, dtype))
+                for stack in (weights.up, weights.down)
+            )
+            return FeedForwardWeights(*matrices, *biases)
+
+        return read, dtype
 
 
-def _through(block: Array, matrices: FeedForwardWeights, activation: Activation):
-    """The output and the pre-activations of a block of rows."""
-    before = dot(block, matrices.up, 1, 1)
+def _through(block: Array, scale: Array, matrices: FeedForwardWeights, activation: Activation):
+    """The output and the pre-activations of a block of rows, with a column of scales."""
+    dtype = scale.dtype
+    before = dot(block.astype(matrices.up.dtype), matrices.up, 1, 1, dtype)
     if matrices.up_bias is not None:
         before = before + matrices.up_bias
-    output = dot(activate(activation, before), matrices.down, 1, 0)
+    activations = activate(activation, before)
+    output = dot(activations.astype(matrices.down.dtype), matrices.down, 1, 0, dtype)
     if matrices.down_bias is not None:
         output = output + matrices.down_bias
-    return output, before
-
-
-def _reader(rows: Array, weights: FeedForwardWeights):
-    """What reads one group's matrices `(a, b)` and biases `(1, size)`, and their dtype: float32,
-    or that of the widest operand."""
-    dtype = accumulation_dtype(rows, weights.up, weights.down)
-
-    def read(group: Array) -> FeedForwardWeights:
-        biases = (
-            None if bias is None else bias[group][None].astype(dtype)
-            for bias in (weights.up_bias, weights.down_bias)
-        )
-        matrices = (of_group(stack, group, dtype) for stack in (weights.up, weights.down))
-        return FeedForwardWeights(*matrices, *biases)
-
-    return read, dtype
+    return output * scale, before

@@ -16,10 +16,10 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from .._mesh import varying_alike
 from . import network
-from .base import AbstractGroupedMatmul, clear_nobody
+from .base import AbstractGroupedMatmul
 from .blocks import Blocks
 from .mapped import mapped_by, mapped_multiply, mapped_outer
-from .network import Activation, FeedForwardWeights, accumulation_dtype
+from .network import Activation, FeedForwardWeights, accumulation_dtype, clear_nobody
 from .stacks import is_array, is_packed
 
 
@@ -80,6 +80,7 @@ class GroupedMatmul(eqx.Module):
         weights: FeedForwardWeights,
         group_sizes: Int[Array, " groups"],
         activation: Activation,
+        scales: Float[Array, " rows"] | None = None,
     ) -> Float[Array, "rows hidden"]:
         """Every row through the network of its group, in float32 or wider; rows of nobody give 0.
 
@@ -90,11 +91,14 @@ class GroupedMatmul(eqx.Module):
         - `group_sizes`: int32 `(groups,)`, the rows of each group.
         - `activation`: elementwise, of gate and up, or of one argument. Hashable, and equal to
             every activation that computes the same.
+        - `scales`: `(rows,)`, a factor of every row's output, by default 1.
         """
-        rows, weights, group_sizes = varying_alike((rows, weights, group_sizes))
+        if scales is None:
+            scales = jax.lax.full_like(rows, 1, shape=(rows.shape[0],))
+        operands = varying_alike((rows, scales, weights, group_sizes))
         if self.kernel.plain or not (is_array(weights.up) and is_array(weights.down)):
-            return network.forward_saving(self, rows, weights, group_sizes, activation)[0]
-        return _feed_forward(self.kernel, rows, weights, group_sizes, activation)
+            return network.forward_saving(self, *operands, activation)[0]
+        return _feed_forward(self.kernel, *operands, activation)
 
 
 def _unpacked(weight: Any) -> Float[Array, "groups a b"]:
@@ -176,45 +180,45 @@ def _closed(kernel: Callable, reference: Callable) -> Callable:
     return call
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 4))
-def _feed_forward(kernel, rows, weights, group_sizes, activation):
-    def fused(rows, weights, group_sizes):
-        output = kernel.forward(rows, weights, group_sizes, activation)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 5))
+def _feed_forward(kernel, rows, scales, weights, group_sizes, activation):
+    def fused(rows, scales, weights, group_sizes):
+        output = kernel.forward(rows, scales, weights, group_sizes, activation)
         return clear_nobody(output, group_sizes)
 
-    def composed(rows, weights, group_sizes):
-        return _composed(kernel, rows, weights, group_sizes, activation)[0]
+    def composed(*operands):
+        return _composed(kernel, *operands, activation=activation)[0]
 
-    return mapped_by(composed, fused)(rows, weights, group_sizes)
+    return mapped_by(composed, fused)(rows, scales, weights, group_sizes)
 
 
-def _feed_forward_forward(kernel, rows, weights, group_sizes, activation):
-    def fused(rows, weights, group_sizes):
-        output, before = kernel.forward_saving(rows, weights, group_sizes, activation)
+def _feed_forward_forward(kernel, rows, scales, weights, group_sizes, activation):
+    def fused(rows, scales, weights, group_sizes):
+        operands = (rows, scales, weights, group_sizes)
+        output, before = kernel.forward_saving(*operands, activation)
         return clear_nobody(output, group_sizes), before
 
     composed = partial(_composed, kernel, activation=activation)
-    output, before = _closed(fused, composed)(rows, weights, group_sizes)
-    return output, (rows, weights, group_sizes, before)
+    operands = (rows, scales, weights, group_sizes)
+    output, before = _closed(fused, composed)(*operands)
+    return output, (*operands, before)
 
 
 def _feed_forward_backward(kernel, activation, residuals, cotangent):
-    def fused(rows, weights, group_sizes, before, cotangent):
-        operands = (rows, weights, group_sizes, before, cotangent)
+    def fused(*operands):
         return kernel.cleared_backward(*operands, activation)
 
     multiply, outer = _closed_products(kernel)
     composed = partial(network.backward, multiply, outer, activation=activation)
-    rows, weights = _closed(fused, composed)(*residuals, cotangent)
-    return rows, weights, None
+    return *_closed(fused, composed)(*residuals, cotangent), None
 
 
 _feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)
 
 
-def _composed(kernel, rows, weights, group_sizes, activation):
+def _composed(kernel, rows, scales, weights, group_sizes, activation):
     multiply, _ = _closed_products(kernel)
-    return network.forward_saving(multiply, rows, weights, group_sizes, activation)
+    return network.forward_saving(multiply, rows, scales, weights, group_sizes, activation)
 
 
 def _closed_products(

@@ -91,30 +91,33 @@ class Mosaic(AbstractGroupedMatmul):
         return _kernels().outer(left, right, group_sizes, **options)[:, :size]
 
     @partial(jax.jit, static_argnames=("self", "activation"))
-    def forward(self, rows, weights, group_sizes, activation):
+    def forward(self, rows, scales, weights, group_sizes, activation):
         """As `AbstractGroupedMatmul.forward`."""
         if not self._takes_network(rows, weights):
-            return Blocks().forward(rows, weights, group_sizes, activation)
-        return self._through(rows, weights, group_sizes, activation, saving=False)[0]
+            return Blocks().forward(rows, scales, weights, group_sizes, activation)
+        operands = (rows, scales, weights, group_sizes)
+        return self._through(*operands, activation, saving=False)[0]
 
     @partial(jax.jit, static_argnames=("self", "activation"))
-    def forward_saving(self, rows, weights, group_sizes, activation):
+    def forward_saving(self, rows, scales, weights, group_sizes, activation):
         """As `AbstractGroupedMatmul.forward_saving`."""
         if not self._takes_network(rows, weights):
-            return Blocks().forward_saving(rows, weights, group_sizes, activation)
-        return self._through(rows, weights, group_sizes, activation, saving=True)
+            return Blocks().forward_saving(rows, scales, weights, group_sizes, activation)
+        return self._through(rows, scales, weights, group_sizes, activation, saving=True)
 
     @partial(jax.jit, static_argnames=("self", "activation"))
-    def backward(self, rows, weights, group_sizes, before, cotangent, activation):
+    def backward(self, rows, scales, weights, group_sizes, before, cotangent, activation):
         """As `AbstractGroupedMatmul.backward`."""
         kernel = super() if self._takes_network(rows, weights) else Blocks()
-        return kernel.backward(rows, weights, group_sizes, before, cotangent, activation)
+        return kernel.backward(rows, scales, weights, group_sizes, before, cotangent, activation)
 
-    def _through(self, rows, weights: FeedForwardWeights, group_sizes, activation, *, saving):
+    def _through(
+        self, rows, scales, weights: FeedForwardWeights, group_sizes, activation, *, saving
+    ):
         """The output, and with `saving` the pre-activations, whose rows of nobody hold anything."""
         parts = num_inputs(activation)
         if weights.up_bias is not None or parts > 2 or not is_elementwise(activation, parts):
-            return super().forward_saving(rows, weights, group_sizes, activation)
+            return super().forward_saving(rows, scales, weights, group_sizes, activation)
         options = {"saving": saving, "num_cores": self._cores()}
         rows = rows.astype(weights.up.dtype)
         activations, *before = _kernels().activate(
@@ -125,7 +128,7 @@ class Mosaic(AbstractGroupedMatmul):
         )
         if weights.down_bias is not None:
             output = output + _of_rows(weights.down_bias, group_sizes, len(rows))
-        return output, *before
+        return output * scales[:, None].astype(output.dtype), *before
 
     def _takes_network(self, rows: Array, weights: FeedForwardWeights) -> bool:
         """Whether both products of the network are the kernels'."""

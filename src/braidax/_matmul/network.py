@@ -1,6 +1,9 @@
 """A feed-forward network of grouped products, composed of two products.
 
-    before = rows x up^T (+ bias),   output = activation(before) x down (+ bias),   each by group
+    before = rows x up^T (+ bias),   output = scale (activation(before) x down (+ bias)),  by group
+
+The derivative of a scale is the inner product of the cotangent and the unscaled output. It is also
+that of the cotangent through the second product and the activation, so no output is kept for it.
 
 The functions here take the products that they are composed of, and are right for every kernel.
 """
@@ -54,65 +57,84 @@ def activate(activation: Activation, before: Float[Array, "*rows up"]) -> Float[
 def forward_saving(
     multiply: Callable[..., Array],
     rows: Float[Array, "rows hidden"],
+    scales: Float[Array, " rows"],
     weights: FeedForwardWeights,
     group_sizes: Int[Array, " groups"],
     activation: Activation,
 ) -> tuple[Float[Array, "rows hidden"], Float[Array, "rows up"]]:
     """The output and the pre-activations, out of `multiply`."""
     before = multiply(rows, weights.up, group_sizes, transposed=True)
-    before = _with_bias(multiply, before, weights.up_bias, group_sizes)
+    if weights.up_bias is not None:
+        before = before + _biases(multiply, _ones(before), weights.up_bias, group_sizes)
     output = multiply(activate(activation, before), weights.down, group_sizes, transposed=False)
-    return _with_bias(multiply, output, weights.down_bias, group_sizes), before
+    if weights.down_bias is not None:
+        output = output + _biases(multiply, _ones(output), weights.down_bias, group_sizes)
+    return clear_nobody(output * scales[:, None].astype(output.dtype), group_sizes), before
 
 
 def backward(
     multiply: Callable[..., Array],
     outer: Callable[..., Array],
     rows: Float[Array, "rows hidden"],
+    scales: Float[Array, " rows"],
     weights: FeedForwardWeights,
     group_sizes: Int[Array, " groups"],
     before: Float[Array, "rows up"],
     cotangent: Float[Array, "rows hidden"],
     activation: Activation,
-) -> tuple[Float[Array, "rows hidden"], FeedForwardWeights]:
-    """The cotangents of rows and weights, from saved pre-activations, in their dtypes."""
+) -> tuple[Float[Array, "rows hidden"], Float[Array, " rows"], FeedForwardWeights]:
+    """The cotangents of rows, scales and weights, from saved pre-activations, in their dtypes."""
     activations, pullback = jax.vjp(lambda before: activate(activation, before), before)
+    column = scales[:, None].astype(activations.dtype)
     cotangent = cotangent.astype(jnp.result_type(activations, weights.down))
     inner = multiply(cotangent, weights.down, group_sizes, transposed=True)
-    (inner,) = pullback(inner.astype(activations.dtype))
+    scales_cotangent = (inner * activations).sum(axis=-1)
+    if weights.down_bias is not None:
+        biases = _biases(multiply, _ones(cotangent), weights.down_bias, group_sizes)
+        scales_cotangent = scales_cotangent + (cotangent * biases).sum(axis=-1)
+    (inner,) = pullback((inner * column).astype(activations.dtype))
     inner = inner.astype(jnp.result_type(rows, weights.up))
+    up, up_bias, down_bias = weights.up, weights.up_bias, weights.down_bias
     return (
-        multiply(inner, weights.up, group_sizes, transposed=False, out_dtype=rows.dtype),
+        multiply(inner, up, group_sizes, transposed=False, out_dtype=rows.dtype),
+        clear_nobody(scales_cotangent[:, None], group_sizes)[:, 0].astype(scales.dtype),
         FeedForwardWeights(
-            outer(inner, rows, group_sizes, out_dtype=weights.up.dtype),
-            outer(activations, cotangent, group_sizes, out_dtype=weights.down.dtype),
-            _bias_cotangent(outer, inner, weights.up_bias, group_sizes),
-            _bias_cotangent(outer, cotangent, weights.down_bias, group_sizes),
+            outer(inner, rows, group_sizes, out_dtype=up.dtype),
+            outer(activations * column, cotangent, group_sizes, out_dtype=weights.down.dtype),
+            _bias_cotangent(outer, _ones(inner), inner, up_bias, group_sizes),
+            _bias_cotangent(outer, column, cotangent, down_bias, group_sizes),
         ),
     )
 
 
-def _with_bias(
+def clear_nobody(
+    rows: Float[Array, "rows size"], group_sizes: Int[Array, " groups"]
+) -> Float[Array, "rows size"]:
+    """`rows` with those past the groups 0, whatever they held: a select, because 0 * NaN is NaN."""
+    owned = jnp.arange(rows.shape[0]) < group_sizes.sum()
+    return jnp.where(owned[:, None], rows, 0)
+
+
+def _biases(
     multiply: Callable[..., Array],
-    rows: Float[Array, "rows size"],
-    bias: Float[Array, "groups size"] | None,
+    ones: Float[Array, "rows 1"],
+    bias: Float[Array, "groups size"],
     group_sizes: Int[Array, " groups"],
 ) -> Float[Array, "rows size"]:
     """A bias is a product too, of a column of ones: so every rule of products holds for it."""
-    if bias is None:
-        return rows
-    return rows + multiply(_ones(rows), bias[:, None, :], group_sizes, transposed=False)
+    return multiply(ones, bias[:, None, :], group_sizes, transposed=False)
 
 
 def _bias_cotangent(
     outer: Callable[..., Array],
+    column: Float[Array, "rows 1"],
     cotangent: Float[Array, "rows size"],
     bias: Float[Array, "groups size"] | None,
     group_sizes: Int[Array, " groups"],
 ) -> Float[Array, "groups size"] | None:
     if bias is None:
         return None
-    return outer(_ones(cotangent), cotangent, group_sizes, out_dtype=bias.dtype)[:, 0, :]
+    return outer(column, cotangent, group_sizes, out_dtype=bias.dtype)[:, 0, :]
 
 
 def _ones(rows: Float[Array, "rows size"]) -> Float[Array, "rows 1"]:

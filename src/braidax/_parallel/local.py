@@ -44,7 +44,7 @@ def local_experts(
     count = indices.size
     if count <= chunk:
         options = {"num_experts": num_experts}
-        return weighted_sum(experts, matmul, tokens, indices, weights, **options)
+        return weighted_sum(experts.call_scaled, matmul, tokens, indices, weights, **options)
     plan = plan_rows(indices.reshape(-1), num_experts)
     edges = jnp.pad(jnp.cumsum(plan.group_sizes, dtype=jnp.int32), (1, 0))
     # A slice of the last chunk must not be moved back by the end of the array.
@@ -59,8 +59,7 @@ def _chunked(static: PyTree, matmul: GroupedMatmul, chunk: int):
     """`run(tokens, weights, trained, arrays, own)` with its derivative."""
 
     def compute(rows, scales, trained, arrays, sizes):
-        rows = eqx.combine(trained, arrays, static)(rows, sizes, matmul)
-        return rows * scales[:, None].astype(rows.dtype)
+        return eqx.combine(trained, arrays, static).call_scaled(rows, scales, sizes, matmul)
 
     @jax.custom_vjp
     def run(tokens, weights, trained, arrays, own):
