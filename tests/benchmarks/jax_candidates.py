@@ -52,8 +52,8 @@ def parts(workload: Workload, arrays: Arrays) -> tuple[bx.AbstractRouter, bx.Abs
 
 def named(names: Sequence[str]) -> dict[str, bx.AbstractGroupedMatmul]:
     """The kernels of the library that have these names, and `Rounded`."""
-    rounded = partial(bx.matmul.Blocks, round_operands=True)
-    return {f"braidax {name}": getattr(bx.matmul, name, rounded)() for name in names}
+    kernels = vars(bx.matmul) | {"Rounded": partial(bx.matmul.Blocks, round_operands=True)}
+    return {f"braidax {name}": kernels[name]() for name in names}
 
 
 def layers(
