@@ -61,7 +61,7 @@ def main() -> None:
     seconds("dense", 1, (4, 16), True)  # what the first program of a process pays
     for name, (tokens, gradient) in CASES.items():
         for kind in ("mixture", "dense"):
-            for number in (1, 4, 8):
+            for number in (1, 4, 24):
                 parts = seconds(kind, number, tokens, gradient)
                 cells = "  ".join(
                     f"{part} {value:5.2f}"
