@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, make_dispatch
+from cases import assert_close, make_dispatch, slow_but_one
 
 import braidax as bx
 
@@ -123,7 +123,7 @@ def experts_and_arrays(name):
     return experts, [np.asarray(getattr(experts, name), np.float64) for name in names]
 
 
-@pytest.mark.parametrize("backend", ["blocks", "ragged", "dense"])
+@pytest.mark.parametrize("backend", slow_but_one(["blocks", "ragged", "dense"]))
 @pytest.mark.parametrize("name", ["geglu", "gpt_oss", "relu_squared"])
 def test_experts_with_biases(name, backend):
     """Each token by each of its experts, one at a time; and the gradient of a bias by a difference

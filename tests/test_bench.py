@@ -119,6 +119,7 @@ class Broken(bx.matmul.Ragged):
         raise NotImplementedError("not here")
 
 
+@pytest.mark.slow
 def test_on_a_device_only_what_is_right_is_timed(monkeypatch, tmp_path, capsys):
     tiny = TINY._replace(dtype="bfloat16")
     kernels = {"Auto": bx.matmul.Auto(), "doubled": Doubled(), "broken": Broken()}

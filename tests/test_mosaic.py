@@ -96,7 +96,7 @@ PRODUCTS = [
 
 
 @pytest.mark.parametrize(
-    "dtype, out_dtype, transposed, num_rows, widths, more", slow_but(2, PRODUCTS)
+    "dtype, out_dtype, transposed, num_rows, widths, more", slow_but(1, PRODUCTS)
 )
 def test_multiply(dtype, out_dtype, transposed, num_rows, widths, more):
     rows, weight = integers(0, (num_rows, widths[0]), dtype), integers(1, (5, *widths), dtype)

@@ -79,7 +79,7 @@ def blocks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("assignment", ["one expert", "last expert", "all", "none"])
-@pytest.mark.parametrize("tokens", [1, 5, 130])
+@pytest.mark.parametrize("tokens", [1, 130, pytest.param(5, marks=pytest.mark.slow)])
 def test_any_split_of_the_rows(blocks, assignment, tokens):
     """Blocks of 8, 64 and 256 rows, full and not, at both ends of the rows."""
     packed, decoded = (moe.routed.experts for moe in blocks)
@@ -165,6 +165,7 @@ def test_nothing_packed_is_trained(blocks):
     assert jax.tree.leaves(trained.shared) != []
 
 
+@pytest.mark.slow
 def test_vmap_and_per_example_gradients(blocks):
     packed, decoded = blocks
     hidden_states, _ = inputs(6)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
+from cases import slow_but_one
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
@@ -402,7 +403,7 @@ EXTREMES = {
 
 
 @pytest.mark.parametrize("case", EXTREMES)
-@pytest.mark.parametrize("look", STYLES)
+@pytest.mark.parametrize("look", slow_but_one(STYLES))
 def test_nothing_is_cut_off_and_all_can_be_read(case, look, monkeypatch):
     # A legend without a place looks for one, and warns where the search takes over a second.
     monkeypatch.setattr(Legend, "_find_best_position", lambda *_: pytest.fail("no place"))

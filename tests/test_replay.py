@@ -228,6 +228,7 @@ def test_a_nan_token_reaches_itself_alone():
     np.testing.assert_array_equal(np.asarray(output)[others], np.asarray(clean)[others])
 
 
+@pytest.mark.slow
 @pytest.mark.hazard(12)
 @pytest.mark.hazard(14)
 def test_every_integer_type_names_the_same_experts(unchecked):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but_one
 from training_runs import SENTENCE, TINY, compiled_step, share_compiled_steps
 
 import braidax
@@ -165,7 +166,7 @@ def assert_same_files(folder, other):
         assert (folder / name).read_bytes() == (other / name).read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_but_one([signal.SIGINT, signal.SIGTERM]))
 def test_a_stopped_run_resumes_exactly(number, finished_run, tmp_path, monkeypatch, capsys):
     """Stopped in step 13, which neither a checkpoint nor a row was due after."""
     settings, whole, _ = finished_run

@@ -258,6 +258,7 @@ def test_the_loop_does_work_in_proportion_to_the_assignments():
     assert int(_plan(jnp.zeros(64, jnp.int32), 4096, 80).count) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.hazard(45)
 @pytest.mark.parametrize("kind", slow_but_one(["hash", "top_k"]))
 def test_numpy_leaves_give_the_same_bits(kind):
@@ -282,6 +283,7 @@ def test_numpy_leaves_give_the_same_bits(kind):
                 np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
 
 
+@pytest.mark.slow
 def test_looking_for_nan_finds_none_in_a_healthy_block():
     """Operation by operation: nothing makes a NaN that a select then leaves out."""
     block = make_block(bx, "hash", "blocks")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from collectives import collectives, sent
-from meshes import make_mesh
+from meshes import make_mesh, slow_but_one
 
 import braidax as bx
 from braidax._parallel.exchange import Sizes
@@ -68,7 +68,7 @@ def token_traffic(found):
         ("explicit", (2, 2)),
     ],
 )
-@pytest.mark.parametrize("exchange", EXCHANGES, ids=repr)
+@pytest.mark.parametrize("exchange", slow_but_one(EXCHANGES), ids=repr)
 def test_only_what_was_written(exchange, kind, shape):
     size, tokens = shape[1], local_tokens(shape)
     sizes = Sizes(HIDDEN, INTERMEDIATE, EXPERTS, SLOTS, tokens, 4)

@@ -212,6 +212,7 @@ class WithConstants(bx.AbstractExperts):
         return first * CONSTANT[:1] + second + matmul(rows, ones, group_sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but_one(KINDS))
 def test_constants_in_experts_of_ones_own(kind):
     weight = jax.random.normal(jax.random.key(2), (8, HIDDEN, HIDDEN)) / 3

@@ -50,7 +50,14 @@ def test_every_pair_is_trained():
         assert {(case[one], case[other]) for case in TRAINED} == wanted
 
 
-@pytest.mark.parametrize("exchange, kind, batch", TRAINED)
+# In `nox -s tests` every exchange, kind of mesh and batch once.
+@pytest.mark.parametrize(
+    "exchange, kind, batch",
+    [
+        pytest.param(*case, marks=() if number in (0, 3, 5) else pytest.mark.slow)
+        for number, case in enumerate(TRAINED)
+    ],
+)
 def test_training_equals_one_device(exchange, kind, batch, caplog):
     parallel = bx.ExpertParallel(make_mesh(kind), exchange=EXCHANGES[exchange])
     model = parallel.shard(make_block())
@@ -208,6 +215,7 @@ def bfloat16_on_one_device():
     return evaluate(make_block(dtype=jnp.bfloat16), *make_tokens(4, 5, dtype=jnp.bfloat16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", slow_but_one(EXCHANGES))
 def test_bfloat16(exchange):
     parallel = bx.ExpertParallel(make_mesh(), exchange=EXCHANGES[exchange])
@@ -246,6 +254,7 @@ def stacked_layers():
     return layers, (hidden_states, target), scanned(layers, hidden_states, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", slow_but_one(EXCHANGES))
 def test_layers_by_scan_with_checkpoint(exchange):
     layers, tokens, desired = stacked_layers()

@@ -29,6 +29,7 @@ def one_device():
     return evaluate(make_block(), *make_tokens(4, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds", slow_but_one([("auto", "auto"), [("explicit", "explicit")], [("auto", "explicit")]])
 )

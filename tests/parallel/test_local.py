@@ -98,6 +98,7 @@ def test_chunks_do_not_change_the_answer(own, chunk):
     assert_trees_close(actual[1], desired[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", slow_but_one(KERNELS))
 def test_bfloat16_gradients_are_near_whatever_the_chunks(kernel):
     arguments = arguments_for(40, jnp.bfloat16)

@@ -17,6 +17,7 @@ from meshes import (
     make_block,
     make_mesh,
     make_tokens,
+    slow_but_one,
     spread,
 )
 
@@ -27,7 +28,7 @@ EXCHANGES = {"data parallel": None, **EXCHANGES}
 # Tokens that divide over four devices, and tokens that are padded.
 CASES = [
     ("gather", "explicit", (4, 5), "hash"),
-    ("data parallel", "explicit", (3, 5), "expert_choice"),
+    pytest.param("data parallel", "explicit", (3, 5), "expert_choice", marks=pytest.mark.slow),
     pytest.param("gather", "auto", (3, 5), "expert_choice", marks=pytest.mark.slow),
     pytest.param("data parallel", "auto", (4, 5), "hash", marks=pytest.mark.slow),
     pytest.param("all_to_all", "auto", (3, 5), "hash", marks=pytest.mark.slow),
@@ -85,7 +86,7 @@ def test_a_mesh_equals_one_device(exchange, kind, batch, router):
     assert np.abs(other).max() > 1e-3
 
 
-@pytest.mark.parametrize("exchange", ["data parallel", "gather"])
+@pytest.mark.parametrize("exchange", slow_but_one(["gather", "data parallel"]))
 def test_what_moves_is_what_moves_without_indices(exchange):
     """Data parallel: sums over devices alone. Else the tokens, once, with as many slots."""
     parallel = make_parallel(exchange)
