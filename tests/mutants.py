@@ -188,7 +188,7 @@ MUTANTS = (
     ),
     Mutant(
         "rows of nobody are cleared",
-        "_matmul/base.py",
+        "_matmul/network.py",
         "return jnp.where(owned[:, None], rows, 0)",
         "return rows",
         ("moe::what_a_kernel_leaves_is_cleared",),

@@ -111,8 +111,15 @@ def _folder(name: str) -> pathlib.Path:
 
 
 def _train(**options: Any) -> int:
+    kept = keep_memory()  # before the first computation
+    code = _trained(**options)
+    if kept and jax.process_index() == 0:
+        print("freed memory stayed with the process: braidax.keep_memory()")
+    return code
+
+
+def _trained(**options: Any) -> int:
     devices = {n: options.pop(n) for n in ("expert_parallel", "distributed") if n in options}
-    keep_memory()  # before the first computation
     if "resume" in options:
         folder = options.pop("resume")
         if options:

@@ -169,7 +169,7 @@ def test_inside_a_shard_map_of_the_users(dispatch, router, call, kind):
     assert_trees_close(actual, by_every_expert(router))
 
 
-@pytest.mark.parametrize("kernel", slow_but_one(["blocks", "ragged"]))
+@pytest.mark.parametrize("kernel", slow_but_one(["blocks", "ragged", "remat"]))
 def test_experts_split_by_hand(kernel):
     """Tokens on every device, experts on one each: the weights vary, and the rows do not."""
     mesh, hidden_states = make_mesh("auto", (4,), ("data",)), make_tokens(4, 5)[0]

@@ -29,7 +29,7 @@ class AbstractDispatch(eqx.Module):
         ...         for expert in range(num_experts):
         ...             sizes = jnp.zeros(num_experts, jnp.int32).at[expert].set(num_tokens)
         ...             weight = jnp.where(routing.indices == expert, routing.weights, 0).sum(-1)
-        ...             output += weight[:, None] * experts(hidden_states, sizes, product)
+        ...             output += experts.call_scaled(hidden_states, weight, sizes, product)
         ...         return output, jnp.zeros((), jnp.int32)
         >>> block = bx.top_k_moe(8, 4, 4, 2, dispatch=OneByOne(), key=jax.random.key(0))
         >>> output, _ = block(jnp.ones((2, 8)))
@@ -75,7 +75,7 @@ class AbstractDispatch(eqx.Module):
 
         **Arguments:**
 
-        - `experts`: called with rows grouped by expert.
+        - `experts`: their `call_scaled` takes rows grouped by expert, and the weights.
         - `hidden_states`: `(*batch, hidden)`. A token whose assignments are all to nobody may hold
             anything, and gets 0.
         - `routing`: int32 indices and float32 weights, `(*batch, experts_per_token)`.

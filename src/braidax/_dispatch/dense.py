@@ -1,7 +1,7 @@
 """Dense dispatch: every expert sees every token. The oracle, not a fast path."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .._experts import AbstractExperts
 from .._matmul import Dense, GroupedMatmul, accumulation_dtype
@@ -35,23 +35,23 @@ class DenseDispatch(AbstractDispatch):
         tokens = jnp.where(somebody[:, None], hidden_states.reshape(-1, hidden), 0)
         group_sizes = jnp.full((num_experts,), tokens.shape[0], jnp.int32)
         rows = jnp.broadcast_to(tokens, (num_experts, *tokens.shape)).reshape(-1, hidden)
-        outputs = experts(rows, group_sizes, GroupedMatmul(Dense()))
-        outputs = outputs.reshape(num_experts, tokens.shape[0], hidden)
-        output = _combine(outputs, indices, routing.weights.reshape(indices.shape))
+        scales, chosen = _by_expert(indices, routing.weights.reshape(indices.shape), num_experts)
+        outputs = experts.call_scaled(
+            rows, scales.reshape(-1), group_sizes, GroupedMatmul(Dense())
+        ).reshape(num_experts, tokens.shape[0], hidden)
+        output = jnp.where(chosen[..., None], outputs, 0).sum(axis=0)
         output = output.astype(accumulation_dtype(hidden_states))
         return output.reshape(hidden_states.shape), jnp.zeros((), jnp.int32)
 
 
-def _combine(
-    outputs: Float[Array, "experts tokens hidden"],
+def _by_expert(
     indices: Int[Array, "tokens experts_per_token"],
     weights: Float[Array, "tokens experts_per_token"],
-) -> Float[Array, "tokens hidden"]:
-    """Weighted sum over all experts. An expert that a token names twice adds twice."""
-    num_experts, num_tokens, _ = outputs.shape
-    token = jnp.arange(num_tokens)[:, None]
-    by_expert = jnp.zeros((num_tokens, num_experts), outputs.dtype)
-    by_expert = by_expert.at[token, indices].add(weights.astype(outputs.dtype), mode="drop")
-    chosen = jnp.zeros(by_expert.shape, bool).at[token, indices].set(True, mode="drop")
-    outputs = jnp.where(chosen.T[..., None], outputs, 0)
-    return jnp.einsum("te,eth->th", by_expert, outputs, precision="highest")
+    num_experts: int,
+) -> tuple[Float[Array, "experts tokens"], Bool[Array, "experts tokens"]]:
+    """The weight that each expert has for each token, and whether the token names the expert. An
+    expert that a token names twice has both weights."""
+    token, shape = jnp.arange(indices.shape[0])[:, None], (indices.shape[0], num_experts)
+    scales = jnp.zeros(shape, accumulation_dtype(weights)).at[token, indices]
+    chosen = jnp.zeros(shape, bool).at[token, indices].set(True, mode="drop")
+    return scales.add(weights.astype(accumulation_dtype(weights)), mode="drop").T, chosen.T

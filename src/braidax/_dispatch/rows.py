@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from .._balance import count_sorted
 from .._matmul import LARGEST_BLOCK, GroupedMatmul
+from .._mesh import varying_alike
 
 
 class RowPlan(NamedTuple):
@@ -124,6 +125,7 @@ def apply_to_rows(
     gathers them again.
     """
     arrays, static = eqx.partition(call_scaled, eqx.is_array)
+    arrays, tokens, weights, plan = varying_alike((arrays, tokens, weights, plan))
     slots, num_rows = weights.shape[-1], plan.order.size
 
     def gathered(tokens, weights, plan):
@@ -152,10 +154,10 @@ def apply_to_rows(
 
     def backward(residuals, cotangent):
         kept, tokens, weights, plan = residuals
-        # Otherwise XLA takes both gathers for one, and keeps the rows.
-        tokens, cotangent = jax.lax.optimization_barrier((tokens, cotangent))
-        gather = partial(gathered, plan=plan)
-        (rows, _), ungather = jax.vjp(gather, tokens, weights)
+        _, ungather = jax.vjp(partial(gathered, plan=plan), tokens, weights)
+        rows = _gathered_late(
+            lambda *given: gathered(*given)[0], (tokens, weights, plan), cotangent
+        )
         transpose = jax.tree.map(
             lambda leaf: rows if isinstance(leaf, _Rows) else leaf,
             kept,
@@ -166,3 +168,26 @@ def apply_to_rows(
 
     run.defvjp(forward, backward)
     return run(arrays, tokens, weights, plan)
+
+
+def _gathered_late(
+    gather: Callable[..., Array], operands: tuple, cotangent: Float[Array, "rows hidden"]
+) -> Float[Array, "rows hidden"]:
+    """`gather(*operands)`, which XLA must neither take for the gather of the forward pass nor do
+    before the cotangent is there.
+
+    A barrier is enough, but on a CPU, where XLA drops it early. There a condition that is true
+    wherever a row exists stands in.
+    """
+    shape = jax.eval_shape(gather, *operands).shape
+
+    def guarded(operands, cotangent):
+        tokens, _, plan = operands
+        needed = (plan.group_sizes.sum() > 0) | (cotangent[:1].sum() > 0)
+        zeros = jax.lax.full_like(tokens, 0, shape=shape)
+        return jax.lax.cond(needed, lambda: gather(*operands), lambda: zeros)
+
+    def held_back(operands, cotangent):
+        return gather(*jax.lax.optimization_barrier((operands, cotangent))[0])
+
+    return jax.lax.platform_dependent(operands, cotangent, cpu=guarded, default=held_back)

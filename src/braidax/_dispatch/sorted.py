@@ -43,9 +43,10 @@ class SortedDispatch(AbstractDispatch):
             by `over_capacity`, and counted in `dropped`. A layer holds `experts * capacity` rows
             then, if a row for every slot would be more. For `jax.export` with a symbolic number
             of tokens it holds all.
-        - `remat`: do not keep the experts' pre-activations, `(rows, 2 * intermediate)` float32 in
-            each layer, for the backward pass: it computes them again. Same numbers, more time, and
-            less memory for layers in a `jax.lax.scan`. Unrolled layers on a CPU gain nothing.
+        - `remat`: do not keep the experts' pre-activations for the backward pass, float32
+            `(rows, parts * intermediate)` in each layer: it computes them again. Same numbers,
+            more time, and less memory for layers in a `jax.lax.scan`. Unrolled layers on a CPU
+            gain nothing.
 
         **Raises:** `ValueError` or `TypeError` naming the argument.
         """

@@ -30,9 +30,10 @@ class Blocks(AbstractGroupedMatmul):
     for each group reads the weights in place instead. Reads packed weights, too.
 
     - `round_operands`: whether rows and activations are rounded to the dtype of the weights before
-      each product, forward and backward, as PyTorch does. A processor that multiplies bfloat16
-      is then several times faster. A forward pass of few rows for each group rounds nothing,
-      because reading the weights is what takes its time.
+      each product, forward and backward, as PyTorch does: for processors that multiply bfloat16
+      natively. A network's forward pass of few rows for each group rounds nothing, because
+      reading the weights is what takes its time. Packed weights are decoded to float32, so
+      nothing is rounded for them.
 
     **Example:** an exact product, and one of bfloat16 numbers.
 

@@ -109,7 +109,7 @@ def _unpacked(weight: Any) -> Float[Array, "groups a b"]:
 
 def _kernel_for(kernel: AbstractGroupedMatmul, weight: Any) -> AbstractGroupedMatmul:
     """Only the loop over blocks reads packed weights, which it decodes group by group."""
-    return Blocks() if is_packed(weight) else kernel
+    return Blocks() if is_packed(weight) and not isinstance(kernel, Blocks) else kernel
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5))

@@ -2,8 +2,9 @@
 
     before = rows x up^T (+ bias),   output = scale (activation(before) x down (+ bias)),  by group
 
-The derivative of a scale is the inner product of the cotangent and the unscaled output. It is also
-that of the cotangent through the second product and the activation, so no output is kept for it.
+A scale's derivative is the inner product of the cotangent and the unscaled output. The cotangent
+taken back through the second product has the same inner product with the activation. So no output
+is kept.
 
 The functions here take the products that they are composed of, and are right for every kernel.
 """

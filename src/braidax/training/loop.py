@@ -9,7 +9,6 @@ import time
 from collections.abc import Generator
 from typing import Any
 
-from .._memory import keep_memory
 from . import checkpoint
 from .checkpoint import Header
 from .corpus import Corpus, read_corpus, training_windows
@@ -66,8 +65,6 @@ def _run(
     steps, say = with_progress_bar(range(header.step + 1, settings.steps + 1))
     metrics, step = Metrics(folder, header, say), make_step(settings)
     devices.write(print, corpus.describe())
-    if keep_memory():
-        devices.write(print, "memory that is freed stays with the process: braidax.keep_memory()")
     try:
         if header.step == 0:  # A run that is killed while it compiles can be resumed.
             devices.write(checkpoint.save, folder, header, state)
