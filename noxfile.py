@@ -33,12 +33,12 @@ def lowest(requirement: str) -> str:
     return f"{parsed.name}=={bound.version}"
 
 
-def run_tests(session: nox.Session, kind: str) -> None:
-    """Tests of a kind. The `optimized` ones are compiled as a user's programs, all others fast."""
+def run_tests(session: nox.Session, *kinds: str) -> None:
+    """Tests of some kinds, a process each: XLA's options hold for a whole process."""
     session.install("-e", ".", *group("test"))
-    for half in ("not optimized", "optimized"):
-        # A path among the arguments may leave no test of one half: exit code 5.
-        session.run(*PYTEST, "-m", f"{kind} and {half}", *session.posargs, success_codes=[0, 5])
+    for kind in kinds:
+        # A path among the arguments may leave no test of a kind: exit code 5.
+        session.run(*PYTEST, "-m", kind, *session.posargs, success_codes=[0, 5])
 
 
 @nox.session
@@ -56,13 +56,14 @@ def tests(session: nox.Session) -> None:
 
     `nox -s tests -P 3.13` runs them on another Python than the one that runs nox.
     """
-    run_tests(session, "not slow")
+    run_tests(session, "not slow and not optimized")
 
 
 @nox.session(default=False)
 def tests_slow(session: nox.Session) -> None:
-    """The tests that `tests` leaves out: whole programs, pages, and more of the same cases."""
-    run_tests(session, "slow")
+    """The tests that `tests` leaves out: whole programs, pages, and more of the same cases. Those
+    marked `optimized` are compiled as a user's programs, all others fast."""
+    run_tests(session, "slow and not optimized", "optimized")
 
 
 @nox.session(default=False)

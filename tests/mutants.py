@@ -33,6 +33,20 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     Mutant(
+        "rows are not kept for the backward pass",
+        "_dispatch/rows.py",
+        "_Rows() if leaf is rows else leaf",
+        "leaf",
+        ("compiled::the_backward_pass_keeps_neither_rows_nor_outputs",),
+    ),
+    Mutant(
+        "rows are gathered when the cotangent is there",
+        "_dispatch/rows.py",
+        " | (cotangent[:1].sum() > 0)",
+        "",
+        ("compiled::rows_are_gathered_again_and_not_held_by_the_compiler",),
+    ),
+    Mutant(
         "an unknown id gives NaN",
         "_router/base.py",
         "weights = undefined_where(undefined, zero_masked(weights, mask))",

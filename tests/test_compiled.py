@@ -151,7 +151,7 @@ def test_memory_of_the_default_backend():
     assert temporary + output <= 3 * (row + pre_activations) + weights
 
 
-@pytest.mark.parametrize("tokens", slow_but_one([1024, 4, 32]))
+@pytest.mark.parametrize("tokens", slow_but_one([32, 1024, 4]))
 def test_bfloat16_weights_are_widened_one_expert_at_a_time(tokens):
     """XLA on a CPU would widen the whole stack to float32 before the loop: twice its own size.
     With 4 tokens inference takes single rows, with 32 tiles, with 1024 the loop over blocks."""

@@ -114,6 +114,7 @@ def test_a_finite_gradient_whose_norm_overflows_is_skipped():
     assert 1e20 < loss < np.inf and int(state.skipped) == 1 and frozen(state) == before
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_reported_and_survive_a_resume(run, monkeypatch, capsys):
     settings, folder = run
     good = loop.training_windows

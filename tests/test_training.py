@@ -102,7 +102,7 @@ def test_dense_model_has_at_least_the_active_parameters():
     assert dataclasses.replace(settings, dense=True).layer_names() == ()
 
 
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dense", slow_but_one([False, True]))
 def test_loss_falls_and_the_table_stays(dense):
     settings = dataclasses.replace(TINY, dense=dense)
     state, step = initial_state(settings), compiled_step(settings)

@@ -145,6 +145,7 @@ def test_hashed_masked_and_replayed(kind):
     assert_trees_close(masked_and_replayed(model, *spread(parallel, *arrays)), desired)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but_one(KINDS))
 def test_experts_choose_among_the_tokens_of_all_devices(kind):
     arrays, desired = masked_on_one_device("expert_choice")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import assert_close
-from meshes import EXCHANGES, HIDDEN, INTERMEDIATE, make_mesh, make_tokens, spread
+from meshes import EXCHANGES, HIDDEN, INTERMEDIATE, make_mesh, make_tokens, slow_but_one, spread
 
 import braidax as bx
 
@@ -38,7 +38,7 @@ def output_and_gradients(block, hidden_states):
     return output, bx.expert_load(routing), jax.tree.leaves(gradients)
 
 
-@pytest.mark.parametrize("exchange", ["gather", "all_to_all"])
+@pytest.mark.parametrize("exchange", slow_but_one(["all_to_all", "gather"]))
 def test_as_on_one_device(exchange):
     block, (hidden_states, *_) = make_block(), make_tokens(16)
     wanted = output_and_gradients(block, hidden_states)

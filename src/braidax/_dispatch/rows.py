@@ -176,8 +176,8 @@ def _gathered_late(
     """`gather(*operands)`, which XLA must neither take for the gather of the forward pass nor do
     before the cotangent is there.
 
-    A barrier is enough, but on a CPU, where XLA drops it early. There a condition that is true
-    wherever a row exists stands in.
+    A barrier is enough, but on a CPU, where XLA drops it early. There a condition stands in, which
+    is true wherever a row exists, and reads the cotangent so as to wait for it.
     """
     shape = jax.eval_shape(gather, *operands).shape
 
