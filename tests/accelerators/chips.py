@@ -112,7 +112,7 @@ class Program(NamedTuple):
             return "Mosaic"
         if re.search(r'%ragged-dot|"is_ragged_dot":true', self.text):
             return "Ragged"
-        return "Blocks" if "braidax.Experts/" in self.loops() else "dense"
+        return "Blocks" if "braidax.Experts" in self.loops() else "dense"
 
     def loops(self) -> str:
         """What the loops with an unknown number of turns say of their source."""
