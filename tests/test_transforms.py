@@ -260,7 +260,7 @@ def test_the_loop_does_work_in_proportion_to_the_assignments():
 
 @pytest.mark.slow
 @pytest.mark.hazard(45)
-@pytest.mark.parametrize("kind", slow_but_one(["hash", "top_k"]))
+@pytest.mark.parametrize("kind", ["hash", "top_k"])
 def test_numpy_leaves_give_the_same_bits(kind):
     """As `jax.device_get` or a checkpoint restores them; compiled and not."""
     block = make_block(bx, kind, "blocks")

@@ -213,7 +213,7 @@ class WithConstants(bx.AbstractExperts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", slow_but_one(KINDS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_constants_in_experts_of_ones_own(kind):
     weight = jax.random.normal(jax.random.key(2), (8, HIDDEN, HIDDEN)) / 3
     block = bx.RoutedMoE(make_block().routed.router, WithConstants(weight))

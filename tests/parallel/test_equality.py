@@ -146,7 +146,7 @@ def test_hashed_masked_and_replayed(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", slow_but_one(KINDS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_experts_choose_among_the_tokens_of_all_devices(kind):
     arrays, desired = masked_on_one_device("expert_choice")
     load = bx.expert_load(desired[0][0][1][1])
@@ -217,7 +217,7 @@ def bfloat16_on_one_device():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exchange", slow_but_one(EXCHANGES))
+@pytest.mark.parametrize("exchange", EXCHANGES)
 def test_bfloat16(exchange):
     parallel = bx.ExpertParallel(make_mesh(), exchange=EXCHANGES[exchange])
     model = parallel.shard(make_block(dtype=jnp.bfloat16))
@@ -256,7 +256,7 @@ def stacked_layers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exchange", slow_but_one(EXCHANGES))
+@pytest.mark.parametrize("exchange", EXCHANGES)
 def test_layers_by_scan_with_checkpoint(exchange):
     layers, tokens, desired = stacked_layers()
     sharded = bx.ExpertParallel(make_mesh(), exchange=EXCHANGES[exchange]).shard(layers)

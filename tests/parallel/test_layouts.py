@@ -31,7 +31,7 @@ def one_device():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kinds", slow_but_one([("auto", "auto"), [("explicit", "explicit")], [("auto", "explicit")]])
+    "kinds", [("auto", "auto"), ("explicit", "explicit"), ("auto", "explicit")]
 )
 def test_a_layout_over_another_axis_is_kept(kinds):
     types = tuple(KINDS[kind] for kind in kinds)

@@ -99,7 +99,7 @@ def test_chunks_do_not_change_the_answer(own, chunk):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", slow_but_one(KERNELS))
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_bfloat16_gradients_are_near_whatever_the_chunks(kernel):
     arguments = arguments_for(40, jnp.bfloat16)
     (_, (actual, _, _)), (_, (whole, _, _)) = (
