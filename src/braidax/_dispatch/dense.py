@@ -52,6 +52,7 @@ def _by_expert(
     """The weight that each expert has for each token, and whether the token names the expert. An
     expert that a token names twice has both weights."""
     token, shape = jnp.arange(indices.shape[0])[:, None], (indices.shape[0], num_experts)
-    scales = jnp.zeros(shape, accumulation_dtype(weights)).at[token, indices]
+    scales = jnp.zeros(shape, accumulation_dtype(weights))
+    scales = scales.at[token, indices].add(weights.astype(scales.dtype), mode="drop")
     chosen = jnp.zeros(shape, bool).at[token, indices].set(True, mode="drop")
-    return scales.add(weights.astype(accumulation_dtype(weights)), mode="drop").T, chosen.T
+    return scales.T, chosen.T
