@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 
 from .._balance import count_sorted
 from .._matmul import LARGEST_BLOCK, GroupedMatmul
-from .._mesh import varying_alike
 
 
 class RowPlan(NamedTuple):
@@ -125,7 +124,6 @@ def apply_to_rows(
     gathers them again.
     """
     arrays, static = eqx.partition(call_scaled, eqx.is_array)
-    arrays, tokens, weights, plan = varying_alike((arrays, tokens, weights, plan))
     slots, num_rows = weights.shape[-1], plan.order.size
 
     def gathered(tokens, weights, plan):

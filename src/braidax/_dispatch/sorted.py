@@ -105,7 +105,8 @@ def weighted_sum(
 
     `call_scaled` is the method of `AbstractExperts`. `most` is a bound on the assignments that are
     not nobody's, if there is one."""
-    tokens, indices, weights = varying_alike((tokens, indices, weights))
+    operands = (call_scaled, tokens, indices, weights)
+    call_scaled, tokens, indices, weights = varying_alike(operands)
     slots = indices.shape[-1]
     plan = plan_rows(indices.reshape(-1), num_experts)
     if most is not None and not is_symbolic_dim(plan.order.size):
